@@ -1,0 +1,20 @@
+"""CBAM, the Convolutional Block Attention Module, for JAX and Flax linen."""
+
+from cbam_jax.attention import BAM, CBAM, ChannelAttention, SpatialAttention, SqueezeExcitation
+from cbam_jax.errors import UserError
+from cbam_jax.models import Summary, create_model, list_models, summary
+
+__version__ = '0.1.0'
+
+__all__ = [
+  'BAM',
+  'CBAM',
+  'ChannelAttention',
+  'SpatialAttention',
+  'SqueezeExcitation',
+  'Summary',
+  'UserError',
+  'create_model',
+  'list_models',
+  'summary',
+]

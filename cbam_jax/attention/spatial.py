@@ -1,0 +1,84 @@
+"""Spatial attention (paper section 3, equation 3): where to attend."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cbam_jax.attention.gating import gate
+from cbam_jax.errors import UserError, check_choice, check_feature_map
+from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32, max_over_axis
+
+SPATIAL_POOLS = ('channel', 'conv1x1')
+
+
+class SpatialAttention(nn.Module):
+  """Scales each position by a gate computed from its neighbourhood.
+
+  `x * sigmoid(norm(conv([max over C; mean over C])))`, equation 3 with the batch norm of the
+  authors' code (momentum 0.99, scale starting at 0, so that the gate starts at one half).
+
+  Attributes:
+    kernel_size: Side of the convolution, odd; the paper compares 3 and 7.
+    pool: How the channels are pooled: 'channel' (maximum and mean, in this order) or 'conv1x1'
+      (a learned 1x1 convolution to one map; table 2).
+    group_size: Examples that share batch-norm statistics; None for the whole batch.
+    dtype: Type of the output; None follows the input. Pools and gate are float32 at the least.
+    param_dtype: Type in which parameters are stored.
+
+  Raises:
+    UserError: On an unknown pool or an even kernel size.
+  """
+
+  kernel_size: int = 7
+  pool: str = 'channel'
+  group_size: int | None = None
+  dtype: Dtype | None = None
+  param_dtype: Dtype = jnp.float32
+
+  def __post_init__(self) -> None:
+    check_choice('the pool of spatial attention', self.pool, SPATIAL_POOLS)
+    if not (isinstance(self.kernel_size, int) and self.kernel_size >= 1 and self.kernel_size % 2):
+      raise UserError(
+        f'the kernel size of spatial attention is {self.kernel_size!r}; it must be a positive '
+        'odd integer, or the map would shift against the features. The paper compares 3 and 7.'
+      )
+    super().__post_init__()
+
+  @nn.compact
+  def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """The map before the sigmoid: (N, *spatial, 1), float32 at the least."""
+    check_feature_map(type(self).__name__, x)
+    axes = x.ndim - 2
+    values = x.astype(at_least_float32(self.dtype or x.dtype))
+    if self.pool == 'channel':
+      pooled = jnp.concatenate(
+        [max_over_axis(values, -1), jnp.mean(values, -1, keepdims=True)], axis=-1
+      )
+    else:
+      pooled = Conv(1, (1,) * axes, param_dtype=self.param_dtype, name='reduce')(values)
+    kernel_size = (self.kernel_size,) * axes
+    y = Conv(1, kernel_size, param_dtype=self.param_dtype, name='conv')(pooled)
+    return BatchNorm(
+      momentum=0.99,
+      scale_init=nn.initializers.zeros,
+      group_size=self.group_size,
+      param_dtype=self.param_dtype,
+      name='norm',
+    )(y, train=train)
+
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Refines `x`.
+
+    Args:
+      x: Features (N, *spatial, C), one to three spatial axes.
+      train: Whether the batch norm uses (and records) the batch's statistics.
+
+    Returns:
+      The refined features, of the shape of `x`.
+
+    Raises:
+      UserError: On a wrong rank, an integer type, or an axis without extent.
+    """
+    return gate(x, self.logits(x, train=train), self.dtype)

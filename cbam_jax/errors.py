@@ -1,0 +1,74 @@
+"""The one error this package raises for input it cannot use, and the checks that raise it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class UserError(ValueError):
+  """Input that cannot be used: the message names the value, what is allowed and what to do."""
+
+
+class MissingExtraError(UserError, ImportError):
+  """A package of one of this project's extras is not installed."""
+
+
+def near(value: object, allowed: Iterable[str]) -> str:
+  """The sentence that offers the names of `allowed` that look like `value`; empty if none does."""
+  names = difflib.get_close_matches(str(value), list(allowed), n=3)
+  return f' Did you mean {" or ".join(repr(name) for name in names)}?' if names else ''
+
+
+def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
+  """Raises `UserError` unless `value` is one of `allowed`."""
+  allowed = list(allowed)
+  if value not in allowed:
+    raise UserError(
+      f'{what} is {value!r}; allowed: {", ".join(allowed)}.{near(value, allowed)}'
+    )
+
+
+def check_feature_map(what: str, x: Any, *, spatial_axes: tuple[int, ...] = (1, 2, 3)) -> None:
+  """Raises `UserError` unless `x` is a floating array (N, *spatial, C) with something in it.
+
+  Args:
+    what: Who asks, for the message.
+    x: The array to check.
+    spatial_axes: The numbers of spatial axes that are allowed.
+  """
+  shape = jnp.shape(x)
+  if len(shape) - 2 not in spatial_axes:
+    wanted = ' or '.join(str(n + 2) for n in spatial_axes)
+    raise UserError(
+      f'{what} got an input of rank {len(shape)}, shape {shape}; it takes (N, *spatial, C) of '
+      f'rank {wanted}. Add the missing axes (x[None] for a single example), channels last.'
+    )
+  if 0 in shape[1:]:
+    raise UserError(
+      f'{what} got an input of shape {shape} with no extent on an axis; every spatial axis and '
+      'the channels must be at least 1. Feed larger inputs or downsample less.'
+    )
+  dtype = jax.dtypes.result_type(x)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise UserError(
+      f'{what} got an input of {dtype}; it takes floating point. Scale and convert it first, '
+      'for example x.astype(jnp.float32) / 255.'
+    )
+
+
+def require(module: str, extra: str) -> ModuleType:
+  """Imports `module`, or raises `MissingExtraError` naming the extra that installs it."""
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise MissingExtraError(
+      f'{module.split(".")[0]} cannot be imported ({error}); it comes with an extra: '
+      f"pip install 'cbam-jax[{extra}]'."
+    ) from error

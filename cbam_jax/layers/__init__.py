@@ -1,0 +1,15 @@
+"""The layers that attention and networks share, where linen's own differ from the reference."""
+
+from cbam_jax.layers.batch_norm import BatchNorm
+from cbam_jax.layers.convolution import Conv
+from cbam_jax.layers.dtypes import Dtype, at_least_float32
+from cbam_jax.layers.pooling import max_over_axis, max_pool
+
+__all__ = [
+  'BatchNorm',
+  'Conv',
+  'Dtype',
+  'at_least_float32',
+  'max_over_axis',
+  'max_pool',
+]

@@ -1,0 +1,108 @@
+"""Batch normalisation with PyTorch's running variance, over the batch or over groups of it."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cbam_jax.errors import UserError
+from cbam_jax.layers.dtypes import Dtype, at_least_float32
+
+
+class BatchNorm(nn.Module):
+  """Normalises each channel by its mean and variance, then scales and shifts it.
+
+  It differs from `flax.linen.BatchNorm` in two ways that matter to reproduce a PyTorch run: the
+  running variance is the unbiased one (divided by n - 1), and the statistics can be taken over
+  groups of `group_size` consecutive examples, as when each device of the reference normalised
+  its own share. Under a sharded `jit`, `group_size=None` means the global batch.
+
+  Collections: `params` holds `scale` and `bias`, `batch_stats` holds `mean` and `var`, each (C,).
+
+  Attributes:
+    momentum: Share of the running statistics that a training step keeps (linen's sense: one minus
+      PyTorch's momentum).
+    epsilon: Added to the variance before the square root.
+    group_size: Examples that share statistics in training; None for the whole batch. The running
+      statistics take the mean over the groups.
+    scale_init: Initial value of the scale.
+    dtype: Type of the output; None follows the input. Statistics are float32 at the least.
+    param_dtype: Type in which parameters are stored.
+  """
+
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+  group_size: int | None = None
+  scale_init: nn.initializers.Initializer = nn.initializers.ones
+  dtype: Dtype | None = None
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Normalises `x`.
+
+    Args:
+      x: Features (N, ..., C).
+      train: Whether to use (and record) the batch's own statistics or the running ones.
+
+    Returns:
+      An array of the shape of `x`.
+
+    Raises:
+      UserError: In training, if `group_size` does not divide N, or if a channel has one value only.
+    """
+    channels = x.shape[-1]
+    scale = self.param('scale', self.scale_init, (channels,), self.param_dtype)
+    bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype)
+    stats_dtype = at_least_float32(self.param_dtype)
+    running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), stats_dtype)
+    running_var = self.variable('batch_stats', 'var', jnp.ones, (channels,), stats_dtype)
+
+    dtype = self.dtype or x.dtype
+    compute_dtype = at_least_float32(dtype)
+    grouped = self._split(x.astype(compute_dtype), train)
+
+    def per_channel(vector: jax.Array) -> jax.Array:
+      return lax.expand_dims(vector.astype(compute_dtype), range(grouped.ndim - 1))
+
+    if train:
+      axes = tuple(range(1, grouped.ndim - 1))
+      mean = jnp.mean(grouped, axes, keepdims=True)
+      # One pass over the features: both sums fuse, where E[(x - mean)^2] would read them again.
+      var = jnp.mean(lax.square(grouped), axes, keepdims=True) - lax.square(mean)
+      var = jnp.maximum(var, 0)
+      if not self.is_initializing():
+        count = math.prod(grouped.shape[1:-1])
+        self._record(running_mean, mean)
+        self._record(running_var, var * (count / (count - 1)))
+    else:
+      mean, var = per_channel(running_mean.value), per_channel(running_var.value)
+
+    y = (grouped - mean) * (lax.rsqrt(var + self.epsilon) * per_channel(scale)) + per_channel(bias)
+    return y.reshape(x.shape).astype(dtype)
+
+  def _split(self, x: jax.Array, train: bool) -> jax.Array:
+    """The batch as (groups, examples of a group, ..., C)."""
+    size = self.group_size
+    if not train or self.is_initializing():
+      size = None
+    elif size is not None and (size < 1 or x.shape[0] % size):
+      raise UserError(
+        f'group_size={size} does not divide the batch of {x.shape[0]}; choose a divisor of the '
+        'global batch size, or None to normalise over all of it.'
+      )
+    grouped = x.reshape(1 if size is None else x.shape[0] // size, -1, *x.shape[1:])
+    if train and not self.is_initializing() and math.prod(grouped.shape[1:-1]) == 1:
+      raise UserError(
+        f'batch norm in training got one value a channel (input {x.shape}, group_size={size}); '
+        'a variance needs two. Use a larger batch or larger images.'
+      )
+    return grouped
+
+  def _record(self, running: nn.Variable, batch: jax.Array) -> None:
+    batch = jnp.mean(batch.reshape(-1, batch.shape[-1]), 0).astype(running.value.dtype)
+    running.value = self.momentum * running.value + (1 - self.momentum) * batch

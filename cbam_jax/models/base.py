@@ -1,0 +1,116 @@
+"""What every network here has in common: its public fields, its calls, and its layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cbam_jax.errors import UserError, check_choice, check_feature_map
+from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32
+
+STEMS = ('imagenet', 'cifar')
+
+# Called with the name of the submodule, makes the layer or the attention of that name.
+LayerFactory: TypeAlias = Callable[..., Any]
+
+# PyTorch's kaiming_normal_() of the classifier's weight, the paper authors' choice.
+kaiming_fan_in = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
+
+
+class Classifier(nn.Module):
+  """An image classifier made of stages; the networks of this package derive from it.
+
+  Attributes:
+    num_classes: Classes, the width of the logits.
+    stem: 'imagenet' (the paper's, reducing) or 'cifar' (full resolution, for small images).
+    attention: Makes the attention of every block, called as `attention(name=...)`; None for none.
+    stage_attention: Makes the attention that stands between stages, where features are a 4th, 8th
+      and 16th of the images' side (BAM); None for none.
+    group_size: Examples that share batch-norm statistics; None for the whole batch.
+    dtype: Computation type of the features. Statistics, gates and logits are float32 at the least.
+    param_dtype: Type in which parameters are stored.
+
+  Raises:
+    UserError: On an unknown stem or fewer than one class.
+  """
+
+  num_classes: int = 1000
+  stem: str = 'imagenet'
+  attention: LayerFactory | None = None
+  stage_attention: LayerFactory | None = None
+  group_size: int | None = None
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  def __post_init__(self) -> None:
+    check_choice('the stem', self.stem, STEMS)
+    if not (isinstance(self.num_classes, int) and self.num_classes >= 1):
+      raise UserError(f'num_classes is {self.num_classes!r}; it must be an integer of at least 1.')
+    super().__post_init__()
+
+  def setup(self) -> None:
+    # The classifier stays in float32 beside bfloat16 features, so that the logits do.
+    self.head = nn.Dense(
+      self.num_classes,
+      kernel_init=kaiming_fan_in,
+      dtype=at_least_float32(self.dtype),
+      param_dtype=self.param_dtype,
+    )
+
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Classifies `images`.
+
+    Args:
+      images: (N, H, W, C), floating point, normalised.
+      train: Whether batch norms use (and record) the batch's statistics.
+
+    Returns:
+      Logits (N, num_classes), float32 at the least.
+
+    Raises:
+      UserError: On a wrong rank, an integer type, or an axis without extent.
+    """
+    *_, last = self.features(images, train=train).values()
+    return self.head(self.pool(last))
+
+  def features(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+    """Every stage's output.
+
+    Args:
+      images: (N, H, W, C), floating point, normalised.
+      train: Whether batch norms use (and record) the batch's statistics.
+
+    Returns:
+      'stage1', 'stage2', ... in order, each (N, h, w, c) as the next stage receives it.
+
+    Raises:
+      UserError: On a wrong rank, an integer type, or an axis without extent.
+    """
+    raise NotImplementedError
+
+  def pool(self, x: jax.Array) -> jax.Array:
+    """The last stage's features averaged over positions, (N, c), float32 at the least."""
+    return jnp.mean(x, (1, 2), dtype=at_least_float32(self.dtype))
+
+  @nn.nowrap
+  def prepare(self, images: jax.Array) -> jax.Array:
+    """`images` checked and in the computation type."""
+    check_feature_map(type(self).__name__, images, spatial_axes=(2,))
+    return jnp.asarray(images, self.dtype)
+
+  @property
+  def conv(self) -> LayerFactory:
+    """Makes convolutions of this network's types."""
+    return functools.partial(Conv, dtype=self.dtype, param_dtype=self.param_dtype)
+
+  @property
+  def norm(self) -> LayerFactory:
+    """Makes batch norms of this network's types and groups."""
+    return functools.partial(
+      BatchNorm, group_size=self.group_size, dtype=self.dtype, param_dtype=self.param_dtype
+    )

@@ -1,0 +1,185 @@
+"""ResNet, WideResNet and ResNeXt, with attention in every block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+
+from cbam_jax.layers import max_pool
+from cbam_jax.models.base import Classifier, LayerFactory
+
+
+class BasicBlock(nn.Module):
+  """Two 3x3 convolutions around a shortcut (He et al., CVPR 2016, figure 5 left).
+
+  Attributes:
+    features: Output channels.
+    strides: Step of the first convolution and of the shortcut.
+    conv: Makes convolutions.
+    norm: Makes batch norms.
+    attention: Makes the attention, which stands after the last norm, before the shortcut is added.
+  """
+
+  features: int
+  strides: int
+  conv: LayerFactory
+  norm: LayerFactory
+  attention: LayerFactory | None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps `x` (N, H, W, C) to (N, H / strides, W / strides, features)."""
+    y = self.conv(self.features, (3, 3), strides=self.strides, name='conv1')(x)
+    y = nn.relu(self.norm(name='norm1')(y, train=train))
+    y = self.conv(self.features, (3, 3), name='conv2')(y)
+    y = self.norm(name='norm2')(y, train=train)
+    if self.attention is not None:
+      y = self.attention(name='attention')(y, train=train)
+    if self.strides != 1 or x.shape[-1] != self.features:
+      x = Shortcut(self.features, self.strides, self.conv, self.norm, name='shortcut')(
+        x, train=train
+      )
+    return nn.relu(x + y)
+
+
+class BottleneckBlock(nn.Module):
+  """1x1, 3x3 and 1x1 convolutions around a shortcut (He et al., CVPR 2016, figure 5 right).
+
+  Attributes:
+    features: Output channels.
+    inner_features: Channels of the 3x3 convolution.
+    groups: Groups of the 3x3 convolution (ResNeXt).
+    strides: Step of the block.
+    stride_in_1x1: Whether the first 1x1 takes the step, or the 3x3.
+    conv: Makes convolutions.
+    norm: Makes batch norms.
+    attention: Makes the attention, which stands after the last norm, before the shortcut is added.
+  """
+
+  features: int
+  inner_features: int
+  groups: int
+  strides: int
+  stride_in_1x1: bool
+  conv: LayerFactory
+  norm: LayerFactory
+  attention: LayerFactory | None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps `x` (N, H, W, C) to (N, H / strides, W / strides, features)."""
+    first, second = (self.strides, 1) if self.stride_in_1x1 else (1, self.strides)
+    inner = self.inner_features
+    y = self.conv(inner, (1, 1), strides=first, name='conv1')(x)
+    y = nn.relu(self.norm(name='norm1')(y, train=train))
+    y = self.conv(inner, (3, 3), strides=second, groups=self.groups, name='conv2')(y)
+    y = nn.relu(self.norm(name='norm2')(y, train=train))
+    y = self.conv(self.features, (1, 1), name='conv3')(y)
+    y = self.norm(name='norm3')(y, train=train)
+    if self.attention is not None:
+      y = self.attention(name='attention')(y, train=train)
+    if self.strides != 1 or x.shape[-1] != self.features:
+      x = Shortcut(self.features, self.strides, self.conv, self.norm, name='shortcut')(
+        x, train=train
+      )
+    return nn.relu(x + y)
+
+
+class Shortcut(nn.Module):
+  """The projection of a block's input to its output's shape: a 1x1 convolution and a norm."""
+
+  features: int
+  strides: int
+  conv: LayerFactory
+  norm: LayerFactory
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps `x` (N, H, W, C) to (N, H / strides, W / strides, features)."""
+    x = self.conv(self.features, (1, 1), strides=self.strides, name='conv')(x)
+    return self.norm(name='norm')(x, train=train)
+
+
+class Stem(nn.Module):
+  """The first convolution: 7x7 at stride 2 and a max pool ('imagenet'), or one 3x3 ('cifar')."""
+
+  kind: str
+  conv: LayerFactory
+  norm: LayerFactory
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Maps `images` (N, H, W, C) to 64 channels, at a 4th of the side or at the whole."""
+    if self.kind == 'cifar':
+      x = self.conv(64, (3, 3), name='conv')(images)
+      return nn.relu(self.norm(name='norm')(x, train=train))
+    x = self.conv(64, (7, 7), strides=2, name='conv')(images)
+    x = nn.relu(self.norm(name='norm')(x, train=train))
+    return max_pool(x, 3, strides=2, padding=1)
+
+
+class Stage(nn.Module):
+  """Blocks at one resolution, the first of which takes the step, then the stage's attention."""
+
+  blocks: Sequence[LayerFactory]
+  attention: LayerFactory | None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps `x` (N, H, W, C) to the stage's output."""
+    for i, block in enumerate(self.blocks, 1):
+      x = block(name=f'block{i}')(x, train=train)
+    if self.attention is not None:
+      x = self.attention(name='stage_attention')(x, train=train)
+    return x
+
+
+class ResNet(Classifier):
+  """A residual network of four stages (He et al., CVPR 2016).
+
+  Attributes:
+    stage_sizes: Blocks of each stage.
+    bottleneck: Whether the blocks are bottlenecks (1x1, 3x3, 1x1) or basic (3x3, 3x3).
+    width: Factor on the channels of every block; the stem stays at 64 (WideResNet-18).
+    groups: Groups of a bottleneck's 3x3 convolution (ResNeXt).
+    group_width: Channels of one group in the first stage.
+    stride_in_1x1: Whether a bottleneck steps in its first 1x1, as in the network whose GFLOPs the
+      paper prints, or in its 3x3, as in the code that everyone trains. Basic blocks have no 1x1.
+  """
+
+  stage_sizes: Sequence[int] = (2, 2, 2, 2)
+  bottleneck: bool = False
+  width: float = 1.0
+  groups: int = 1
+  group_width: int = 64
+  stride_in_1x1: bool = False
+
+  @nn.compact
+  def features(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+    """Every stage's output; see `Classifier.features`."""
+    x = Stem(self.stem, self.conv, self.norm, name='stem')(self.prepare(images), train=train)
+    outputs = {}
+    for i, size in enumerate(self.stage_sizes, 1):
+      attention = self.stage_attention if i < len(self.stage_sizes) else None
+      blocks = [self._block(i, strides=2 if i > 1 and b == 0 else 1) for b in range(size)]
+      x = outputs[f'stage{i}'] = Stage(blocks, attention, name=f'stage{i}')(x, train=train)
+    return outputs
+
+  @nn.nowrap
+  def _block(self, stage: int, strides: int) -> LayerFactory:
+    features = int(64 * 2 ** (stage - 1) * self.width)
+    layers = {'conv': self.conv, 'norm': self.norm, 'attention': self.attention}
+    if not self.bottleneck:
+      return functools.partial(BasicBlock, features, strides, **layers)
+    return functools.partial(
+      BottleneckBlock,
+      features=4 * features,
+      inner_features=features * self.group_width // 64 * self.groups,
+      groups=self.groups,
+      strides=strides,
+      stride_in_1x1=self.stride_in_1x1,
+      **layers,
+    )
