@@ -30,9 +30,7 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
   """Raises `UserError` unless `value` is one of `allowed`."""
   allowed = list(allowed)
   if value not in allowed:
-    raise UserError(
-      f'{what} is {value!r}; allowed: {", ".join(allowed)}.{near(value, allowed)}'
-    )
+    raise UserError(f'{what} is {value!r}; allowed: {", ".join(allowed)}.{near(value, allowed)}')
 
 
 def check_feature_map(what: str, x: Any, *, spatial_axes: tuple[int, ...] = (1, 2, 3)) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -58,7 +59,7 @@ class CBAM(nn.Module):
     super().__post_init__()
 
   @nn.nowrap
-  def _channel(self, **where: object) -> ChannelAttention:
+  def _channel(self, **where: Any) -> ChannelAttention:
     return ChannelAttention(
       reduction=self.reduction,
       pools=self.pools,
@@ -69,7 +70,7 @@ class CBAM(nn.Module):
     )
 
   @nn.nowrap
-  def _spatial(self, **where: object) -> SpatialAttention:
+  def _spatial(self, **where: Any) -> SpatialAttention:
     return SpatialAttention(
       kernel_size=self.spatial_kernel,
       pool=self.spatial_pool,

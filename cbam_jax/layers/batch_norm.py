@@ -103,6 +103,6 @@ class BatchNorm(nn.Module):
       )
     return grouped
 
-  def _record(self, running: nn.Variable, batch: jax.Array) -> None:
+  def _record(self, running: nn.Variable[jax.Array], batch: jax.Array) -> None:
     batch = jnp.mean(batch.reshape(-1, batch.shape[-1]), 0).astype(running.value.dtype)
     running.value = self.momentum * running.value + (1 - self.momentum) * batch

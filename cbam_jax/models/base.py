@@ -54,6 +54,7 @@ class Classifier(nn.Module):
     super().__post_init__()
 
   def setup(self) -> None:
+    """Makes the dense layers; what comes before them is made in `features`."""
     # The classifier stays in float32 beside bfloat16 features, so that the logits do.
     self.head = nn.Dense(
       self.num_classes,

@@ -54,9 +54,7 @@ def list_models() -> list[str]:
   return list(MODELS)
 
 
-def create_model(
-  name: str, *, attention: str | LayerFactory = 'none', **fields: Any
-) -> Classifier:
+def create_model(name: str, *, attention: str | LayerFactory = 'none', **fields: Any) -> Classifier:
   """Makes a network by name.
 
   Args:
@@ -85,19 +83,40 @@ def create_model(
         f'{name} has no option {field!r}; it takes {", ".join(sorted(allowed))}.'
         f'{near(field, allowed)}'
       )
+  factory = named_attention(attention) if isinstance(attention, str) else attention
   if attention == 'none':
     return make(**fields)
-  factory = _attention_factory(attention, fields)
+  factory = _complete(factory, fields)
   slot = 'stage_attention' if _unwrapped(factory) is BAM else 'attention'
   if slot in fields:
     raise UserError(f'both attention={attention!r} and {slot}=... were given; give one of them.')
   return make(**fields, **{slot: factory})
 
 
-def _attention_factory(attention: str | LayerFactory, fields: dict[str, Any]) -> LayerFactory:
-  if isinstance(attention, str):
-    check_choice('the attention', attention, ATTENTIONS)
-    attention = ATTENTIONS[attention]
+def named_attention(name: str, **fields: Any) -> LayerFactory | None:
+  """What makes the attention of a name: None for 'none'.
+
+  Args:
+    name: 'none', 'se', 'bam' or 'cbam'.
+    **fields: Fields of the attention that differ from its defaults, such as `order='parallel'`.
+
+  Raises:
+    UserError: On an unknown name or field, offering the near ones.
+  """
+  check_choice('the attention', name, ATTENTIONS)
+  factory = ATTENTIONS[name]
+  allowed = _field_names(factory)
+  for field in fields:
+    if field not in allowed:
+      raise UserError(
+        f'the attention {name!r} has no field {field!r}; it takes '
+        f'{", ".join(sorted(allowed)) or "none"}.{near(field, allowed)}'
+      )
+  return functools.partial(factory, **fields) if factory and fields else factory
+
+
+def _complete(attention: Any, fields: dict[str, Any]) -> LayerFactory:
+  """`attention` with the network's types and groups, checked to make what a block can call."""
   if not callable(attention):
     raise UserError(
       f'the attention is {attention!r}; give one of {", ".join(ATTENTIONS)}, or a callable that '

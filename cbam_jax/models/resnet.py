@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 
+from cbam_jax.errors import UserError
 from cbam_jax.layers import max_pool
 from cbam_jax.models.base import Classifier, LayerFactory
 
@@ -148,6 +150,9 @@ class ResNet(Classifier):
     group_width: Channels of one group in the first stage.
     stride_in_1x1: Whether a bottleneck steps in its first 1x1, as in the network whose GFLOPs the
       paper prints, or in its 3x3, as in the code that everyone trains. Basic blocks have no 1x1.
+
+  Raises:
+    UserError: On a width that leaves no channel.
   """
 
   stage_sizes: Sequence[int] = (2, 2, 2, 2)
@@ -156,6 +161,14 @@ class ResNet(Classifier):
   groups: int = 1
   group_width: int = 64
   stride_in_1x1: bool = False
+
+  def __post_init__(self) -> None:
+    if not (isinstance(self.width, (int, float)) and int(64 * self.width) >= 1):
+      raise UserError(
+        f'width is {self.width!r}; it multiplies the 64 channels of the first stage and must leave '
+        'at least one. The paper uses 1.0, 1.5 and 2.0.'
+      )
+    super().__post_init__()
 
   @nn.compact
   def features(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
@@ -171,7 +184,7 @@ class ResNet(Classifier):
   @nn.nowrap
   def _block(self, stage: int, strides: int) -> LayerFactory:
     features = int(64 * 2 ** (stage - 1) * self.width)
-    layers = {'conv': self.conv, 'norm': self.norm, 'attention': self.attention}
+    layers: dict[str, Any] = {'conv': self.conv, 'norm': self.norm, 'attention': self.attention}
     if not self.bottleneck:
       return functools.partial(BasicBlock, features, strides, **layers)
     return functools.partial(

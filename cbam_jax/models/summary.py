@@ -121,17 +121,21 @@ def _products(jaxpr: core.Jaxpr, outer: str = '') -> Iterator[tuple[list[str], i
     scope = f'{outer}/{equation.source_info.name_stack}'
     if equation.primitive.name == 'dot_general':
       (contracted, _), _ = equation.params['dimension_numbers']
-      lhs = equation.invars[0].aval.shape
+      lhs = _shape(equation.invars[0])
       inner = math.prod(lhs[axis] for axis in contracted)
-      yield scope.split('/'), math.prod(equation.outvars[0].aval.shape) * inner
+      yield scope.split('/'), math.prod(_shape(equation.outvars[0])) * inner
     elif equation.primitive.name == 'conv_general_dilated':
-      kernel = equation.invars[1].aval.shape
+      kernel = _shape(equation.invars[1])
       out_axis = equation.params['dimension_numbers'].rhs_spec[0]
       taps = math.prod(kernel) // kernel[out_axis]
-      yield scope.split('/'), math.prod(equation.outvars[0].aval.shape) * taps
+      yield scope.split('/'), math.prod(_shape(equation.outvars[0])) * taps
     for value in equation.params.values():
       for inner_jaxpr in _sub_jaxprs(value):
         yield from _products(inner_jaxpr, scope)
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+  return tuple(variable.aval.shape)
 
 
 def _sub_jaxprs(value: Any) -> Iterator[core.Jaxpr]:

@@ -45,6 +45,7 @@ class VGG(Classifier):
   stage_sizes: tuple[int, ...] = (2, 2, 3, 3, 3)
 
   def setup(self) -> None:
+    """Makes the dense layers; what comes before them is made in `features`."""
     super().setup()
     self.fc1 = self._dense()
     self.fc2 = self._dense()
@@ -90,8 +91,6 @@ def adaptive_mean_pool(x: jax.Array, side: int) -> jax.Array:
   for axis in (1, 2):
     n = x.shape[axis]
     cells = [(i * n // side, -((i + 1) * n // -side)) for i in range(side)]
-    means = [
-      jnp.mean(jax.lax.slice_in_dim(x, start, end, axis=axis), axis) for start, end in cells
-    ]
+    means = [jnp.mean(jax.lax.slice_in_dim(x, start, end, axis=axis), axis) for start, end in cells]
     x = jnp.stack(means, axis)
   return x

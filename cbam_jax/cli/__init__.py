@@ -1,0 +1,37 @@
+"""The command line, `cbam-jax`: one file a subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cbam_jax.cli import evaluate, models, train
+from cbam_jax.errors import UserError
+
+COMMANDS = {'train': train, 'evaluate': evaluate, 'models': models}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs `cbam-jax`; returns its exit status, 2 on input that cannot be used.
+
+  Args:
+    argv: The arguments after the program's name; None for those of the process.
+  """
+  parser = argparse.ArgumentParser(prog='cbam-jax', description=__doc__)
+  subparsers = parser.add_subparsers(dest='command', required=True)
+  for name, module in COMMANDS.items():
+    subparser = subparsers.add_parser(name, help=module.__doc__, description=module.__doc__)
+    module.add_arguments(subparser)
+    subparser.set_defaults(run=module.run)
+  arguments, rest = parser.parse_known_args(argv)
+  if rest and arguments.command != 'train':
+    parser.error(f'unrecognized arguments: {" ".join(rest)}')
+  try:
+    if arguments.command == 'train':
+      arguments.overrides = rest
+    arguments.run(arguments)
+  except UserError as error:
+    print(f'cbam-jax {arguments.command}: {error}', file=sys.stderr)
+    return 2
+  return 0

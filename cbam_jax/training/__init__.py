@@ -1,0 +1,1 @@
+"""Training and evaluation: one loop, compiled over a mesh of all devices."""

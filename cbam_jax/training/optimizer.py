@@ -1,0 +1,59 @@
+"""The paper's optimizer, SGD with coupled weight decay, and the learning rate over a run."""
+
+from __future__ import annotations
+
+import optax
+
+from cbam_jax.errors import check_choice
+
+SCHEDULES = ('step', 'cosine')
+
+
+def learning_rate_schedule(
+  kind: str,
+  peak: float,
+  *,
+  steps_per_epoch: int,
+  epochs: float,
+  step_epochs: float = 30,
+  warmup_epochs: float = 0.0,
+) -> optax.Schedule:
+  """The learning rate at each step.
+
+  Args:
+    kind: 'step' (times 0.1 every `step_epochs`, the paper's) or 'cosine' (to 0 at the end).
+    peak: The rate after the warm-up.
+    steps_per_epoch: Steps of one pass over the training set.
+    epochs: Length of the run.
+    step_epochs: Epochs between the drops of 'step', counted from the start.
+    warmup_epochs: Epochs over which the rate rises linearly from 0.
+
+  Raises:
+    UserError: On an unknown kind.
+  """
+  check_choice('the schedule', kind, SCHEDULES)
+  warmup = round(warmup_epochs * steps_per_epoch)
+  total = max(round(epochs * steps_per_epoch), warmup + 1)
+  if kind == 'cosine':
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total)
+  drops = range(1, int(epochs / step_epochs) + 1)
+  steps = optax.piecewise_constant_schedule(
+    peak, {round(i * step_epochs * steps_per_epoch): 0.1 for i in drops}
+  )
+  if not warmup:
+    return steps
+  return lambda step: steps(step) * optax.linear_schedule(0.0, 1.0, warmup)(step)
+
+
+def sgd(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  momentum: float = 0.9,
+  weight_decay: float = 1e-4,
+  nesterov: bool = False,
+) -> optax.GradientTransformation:
+  """SGD as PyTorch's: the decay joins the gradient before the momentum, on every parameter."""
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay),
+    optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov),
+  )

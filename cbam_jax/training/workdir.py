@@ -1,0 +1,115 @@
+"""The folder of a run: what it was started with, and what it has logged."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from cbam_jax.errors import UserError
+from cbam_jax.training.config import default_config
+
+
+class Workdir:
+  """The files of one run.
+
+  Attributes:
+    root: The folder.
+    config_file: The configuration that the run was started with.
+    metrics_file: A line of JSON for each time metrics were logged.
+    checkpoints: The folder of checkpoints.
+    curves_file: The picture of loss and accuracy.
+  """
+
+  def __init__(self, root: str | Path):
+    self.root = Path(root)
+    self.config_file = self.root / 'config.json'
+    self.metrics_file = self.root / 'metrics.jsonl'
+    self.checkpoints = self.root / 'checkpoints'
+    self.curves_file = self.root / 'curves.png'
+
+  def claim(self, config: ml_collections.ConfigDict) -> None:
+    """Records `config` as this run's, unless the folder belongs to a run of another network.
+
+    Raises:
+      UserError: If the folder's run has another network or data set; nothing is written then.
+    """
+    if self.config_file.exists():
+      before = self.config()
+      differences = [
+        f'{key} is {was!r} there, {now!r} here'
+        for key, was, now in _differences(before.to_dict(), config.to_dict())
+        if key.split('.')[0] in ('model', 'data') and key not in ('data.dir', 'data.workers')
+      ]
+      if differences:
+        raise UserError(
+          f'{self.root} holds a run of another configuration: {"; ".join(differences)}. Choose '
+          'another --workdir, or the same configuration to go on with that run.'
+        )
+    self.root.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config.to_dict(), indent=2) + '\n'
+    _write_whole(self.config_file, text)
+
+  def config(self) -> ml_collections.ConfigDict:
+    """The configuration that the run was started with.
+
+    Raises:
+      UserError: If the folder holds no run.
+    """
+    try:
+      stored = json.loads(self.config_file.read_text())
+    except FileNotFoundError:
+      raise UserError(
+        f'{self.root} holds no run (there is no {self.config_file.name}); name the --workdir that '
+        'a training was started with.'
+      ) from None
+    except ValueError as error:
+      raise UserError(
+        f'{self.config_file} cannot be read ({error}); restore it, or start a new run elsewhere.'
+      ) from error
+    config = default_config()
+    with config.unlocked():
+      config.update(stored)
+    return config
+
+  def metrics(self) -> Iterator[dict[str, Any]]:
+    """What the run has logged, in order; a last line that was cut short is left out."""
+    if not self.metrics_file.exists():
+      return
+    for line in self.metrics_file.read_text().splitlines():
+      try:
+        yield json.loads(line)
+      except ValueError:
+        return
+
+  def forget_after(self, step: int) -> None:
+    """Drops what was logged after `step`, which a resumed run will log again."""
+    lines = [json.dumps(entry) + '\n' for entry in self.metrics() if entry['step'] <= step]
+    _write_whole(self.metrics_file, ''.join(lines))
+
+
+def _differences(
+  before: dict[str, Any], now: dict[str, Any], prefix: str = ''
+) -> Iterator[tuple[str, Any, Any]]:
+  for key in sorted(before.keys() | now.keys()):
+    was, is_now = before.get(key), now.get(key)
+    if isinstance(was, dict) and isinstance(is_now, dict):
+      yield from _differences(was, is_now, f'{prefix}{key}.')
+    elif _plain(was) != _plain(is_now):
+      yield prefix + key, was, is_now
+
+
+def _plain(value: Any) -> Any:
+  """JSON has no tuples."""
+  return list(value) if isinstance(value, tuple) else value
+
+
+def _write_whole(path: Path, text: str) -> None:
+  """Writes `path` so that a reader sees the old text or the new, never a part."""
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(text)
+  os.replace(partial, path)
