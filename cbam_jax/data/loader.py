@@ -139,5 +139,10 @@ def _read(examples: _Examples, start_step: int, workers: int) -> Iterator[Batch]
     .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
   )
   if workers:
+    from absl import flags
+
+    # grain's workers read absl flags, which only absl.app parses: a script need not run under it.
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
   return iter(dataset)

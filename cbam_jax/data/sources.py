@@ -6,7 +6,7 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
-from cbam_jax.errors import UserError, check_choice, require
+from cbam_jax.errors import UserError, check_choice, near, require
 
 SPLITS = ('train', 'test')
 
@@ -84,23 +84,44 @@ class TfdsSource:
   """A prepared tensorflow-datasets set, read without TensorFlow; images stay encoded.
 
   Raises:
-    UserError: If the set is unknown, or not prepared under `data_dir` as ArrayRecord.
+    UserError: If the set is unknown, not of labelled images, or not prepared under `data_dir` as
+      ArrayRecord.
   """
 
   def __init__(self, name: str, split: str, data_dir: str | None):
     tfds = require('tensorflow_datasets', 'train')
-    builders = set(tfds.list_builders())
-    check_choice('the tensorflow-datasets name', name.split('/')[0].split(':')[0], builders)
-    builder = tfds.builder(name, data_dir=data_dir)
+    # The community's sets are looked up over the network, and with TensorFlow.
+    known = set(tfds.list_builders(with_community_datasets=False))
+    dataset = name.split('/')[0].split(':')[0]
+    if dataset not in known:
+      raise UserError(
+        f'tensorflow-datasets has no set {dataset!r}.{near(dataset, known)} All of them: '
+        'https://www.tensorflow.org/datasets/catalog.'
+      )
+    try:
+      builder = tfds.builder(name, data_dir=data_dir)
+    except (AssertionError, ValueError) as error:
+      raise UserError(f'{name!r} is no version or variant of {dataset}: {error}') from error
     available = [s for s in TFDS_SPLITS[split] if s in builder.info.splits]
     if not available:
       raise UserError(
         f'{name} has no {split} split prepared under {builder.data_dir!r}; prepare it there as '
         'ArrayRecord (tfds build --file_format=array_record), or name another --config.data.dir.'
       )
-    self._records = builder.as_data_source(
-      split=available[0], decoders={'image': tfds.decode.SkipDecoding()}
-    )
+    if missing := {'image', 'label'} - set(builder.info.features):
+      raise UserError(
+        f'the examples of {name} have no {" and no ".join(sorted(missing))}; choose a set for '
+        'image classification.'
+      )
+    try:
+      self._records = builder.as_data_source(
+        split=available[0], decoders={'image': tfds.decode.SkipDecoding()}
+      )
+    except NotImplementedError as error:
+      raise UserError(
+        f'{name} is prepared under {builder.data_dir!r}, but not as ArrayRecord; prepare it '
+        'elsewhere (tfds build --file_format=array_record) and name that --config.data.dir.'
+      ) from error
 
   def __len__(self) -> int:
     return len(self._records)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -77,13 +77,14 @@ def make_train_step(
     images = normalize(batch['image'])
 
     def mean_loss(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
-      output: Any = model.apply(
+      output = model.apply(
         {'params': params, 'batch_stats': state.batch_stats},
         images,
         train=True,
         mutable=['batch_stats'],
       )
-      logits, updated = output
+      # With `mutable`, apply returns a pair, which its type does not tell.
+      logits, updated = cast('tuple[jax.Array, dict[str, Any]]', output)
       losses = cross_entropy(logits, batch['label'], label_smoothing)
       metrics = sum_metrics(logits, losses, batch['label'], batch['mask'])
       return jnp.mean(losses), (updated.get('batch_stats', {}), metrics)
