@@ -19,7 +19,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import timm
 import torch
 

@@ -110,7 +110,7 @@ def make_eval_step(
   """The function from a network's variables and a batch to the batch's metrics."""
 
   def eval_step(variables: Any, batch: dict[str, jax.Array]) -> Metrics:
-    logits = model.apply(variables, normalize(batch['image']), train=False)
+    logits = cast('jax.Array', model.apply(variables, normalize(batch['image']), train=False))
     losses = cross_entropy(logits, batch['label'])
     return sum_metrics(logits, losses, batch['label'], batch['mask'])
 
