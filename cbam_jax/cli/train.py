@@ -46,7 +46,6 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
   """
   require('ml_collections', 'train')
   from absl import flags
-  from ml_collections import config_flags
 
   path = Path(file.split(':')[0])
   if not path.is_file():
@@ -54,21 +53,29 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
       f'there is no configuration file {str(path)!r}; name one that exists, such as '
       'configs/digits.py. What follows a colon is its argument.'
     )
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', flag_values=values)
   try:
-    values(['cbam-jax', f'--config={file}'])
-    config = values.config
-  except UserError:
-    raise
+    config = _parse(file, [])
   except Exception as error:  # the file is the user's own code: it may raise anything
-    raise UserError(f'{file} cannot be loaded: {error}') from error
+    # The message is a whole traceback, of which the last line says what went wrong.
+    reason = str(error).strip().splitlines()[-1:]
+    raise UserError(f'{file} cannot be loaded: {"".join(reason) or error!r}') from error
 
   _check_overrides(config, overrides)
   try:
-    values(['cbam-jax', f'--config={file}', *overrides])
+    return _parse(file, overrides)
   except (flags.Error, TypeError, ValueError) as error:
     raise UserError(f'{error}; give a value of the type of the one that it replaces.') from error
+
+
+def _parse(file: str, overrides: Sequence[str]) -> ConfigDict:
+  from absl import flags
+  from ml_collections import config_flags
+
+  arguments = ['cbam-jax', f'--config={file}', *overrides]
+  values = flags.FlagValues()
+  # Without `sys_argv` it would look for overrides among the arguments of the process.
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=arguments)
+  values(arguments)
   return values.config
 
 
