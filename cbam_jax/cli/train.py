@@ -57,8 +57,8 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
     config = _parse(file, [])
   except Exception as error:  # the file is the user's own code: it may raise anything
     # The message is a whole traceback, of which the last line says what went wrong.
-    reason = str(error).strip().splitlines()[-1:]
-    raise UserError(f'{file} cannot be loaded: {"".join(reason) or error!r}') from error
+    reason = (str(error).strip().splitlines() or [repr(error)])[-1]
+    raise UserError(f'{file} cannot be loaded: {reason}') from error
 
   _check_overrides(config, overrides)
   try:
