@@ -2,6 +2,7 @@
 
 from cbam_jax.attention import BAM, CBAM, ChannelAttention, SpatialAttention, SqueezeExcitation
 from cbam_jax.errors import UserError
+from cbam_jax.interop import from_torch, load_state_dict, to_torch
 from cbam_jax.models import Summary, create_model, list_models, summary
 
 __version__ = '0.1.0'
@@ -15,6 +16,9 @@ __all__ = [
   'Summary',
   'UserError',
   'create_model',
+  'from_torch',
   'list_models',
+  'load_state_dict',
   'summary',
+  'to_torch',
 ]

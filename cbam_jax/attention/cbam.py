@@ -33,6 +33,8 @@ class CBAM(nn.Module):
     order: Arrangement of the two (table 3): 'channel_first', 'spatial_first', 'parallel' (both
       maps from the input, added before one sigmoid), 'channel_only' or 'spatial_only'.
     use_bias: Whether the channel MLP has biases (the authors' has, timm's has not).
+    norm_momentum: Momentum of the spatial batch norm (linen's sense): the authors' 0.99, timm's
+      0.9.
     group_size: Examples that share the spatial batch norm's statistics; None for the whole batch.
     dtype: Type of the output; None follows the input. Pools and gates are float32 at the least.
     param_dtype: Type in which parameters are stored.
@@ -47,6 +49,7 @@ class CBAM(nn.Module):
   spatial_kernel: int = 7
   order: str = 'channel_first'
   use_bias: bool = True
+  norm_momentum: float = 0.99
   group_size: int | None = None
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
@@ -74,6 +77,7 @@ class CBAM(nn.Module):
     return SpatialAttention(
       kernel_size=self.spatial_kernel,
       pool=self.spatial_pool,
+      norm_momentum=self.norm_momentum,
       group_size=self.group_size,
       dtype=self.dtype,
       param_dtype=self.param_dtype,

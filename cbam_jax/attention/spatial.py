@@ -17,12 +17,13 @@ class SpatialAttention(nn.Module):
   """Scales each position by a gate computed from its neighbourhood.
 
   `x * sigmoid(norm(conv([max over C; mean over C])))`, equation 3 with the batch norm of the
-  authors' code (momentum 0.99, scale starting at 0, so that the gate starts at one half).
+  authors' code (scale starting at 0, so that the gate starts at one half).
 
   Attributes:
     kernel_size: Side of the convolution, odd; the paper compares 3 and 7.
     pool: How the channels are pooled: 'channel' (maximum and mean, in this order) or 'conv1x1'
       (a learned 1x1 convolution to one map; table 2).
+    norm_momentum: The batch norm's momentum (linen's sense): the authors' 0.99, timm's 0.9.
     group_size: Examples that share batch-norm statistics; None for the whole batch.
     dtype: Type of the output; None follows the input. Pools and gate are float32 at the least.
     param_dtype: Type in which parameters are stored.
@@ -33,6 +34,7 @@ class SpatialAttention(nn.Module):
 
   kernel_size: int = 7
   pool: str = 'channel'
+  norm_momentum: float = 0.99
   group_size: int | None = None
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
@@ -61,7 +63,7 @@ class SpatialAttention(nn.Module):
     kernel_size = (self.kernel_size,) * axes
     y = Conv(1, kernel_size, param_dtype=self.param_dtype, name='conv')(pooled)
     return BatchNorm(
-      momentum=0.99,
+      momentum=self.norm_momentum,
       scale_init=nn.initializers.zeros,
       group_size=self.group_size,
       param_dtype=self.param_dtype,

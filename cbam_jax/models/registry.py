@@ -122,6 +122,8 @@ def _complete(attention: Any, fields: dict[str, Any]) -> LayerFactory:
       f'the attention is {attention!r}; give one of {", ".join(ATTENTIONS)}, or a callable that '
       'makes a linen module, such as functools.partial(CBAM, reduction=8).'
     )
+  if not _takes(attention, 'name'):
+    attention = _nameable(attention)
   own = getattr(attention, 'keywords', {})
   shared = {
     field: fields[field]
@@ -130,16 +132,34 @@ def _complete(attention: Any, fields: dict[str, Any]) -> LayerFactory:
   }
   if shared:
     attention = functools.partial(attention, **shared)
-  if not _takes(attention, 'name'):
-    unnamed = attention
-    attention = lambda name: unnamed()  # noqa: E731
-  module = attention(name='attention')
+  _check_module(attention(name='attention'))
+  return attention
+
+
+def _nameable(attention: Callable[[], Any]) -> LayerFactory:
+  """What makes modules like those of `attention`, under the name that a block gives them."""
+  try:
+    module = attention()
+  except TypeError as error:
+    raise UserError(
+      f'the attention {attention!r} can be called neither with name=... nor with nothing '
+      f'({error}); give a module class, a functools.partial of one, or a callable without arguments.'
+    ) from error
+  _check_module(module)
+  fields = {
+    field.name: getattr(module, field.name)
+    for field in dataclasses.fields(module)
+    if field.init and field.name not in ('name', 'parent')
+  }
+  return functools.partial(type(module), **fields)
+
+
+def _check_module(module: Any) -> None:
   if not isinstance(module, nn.Module) or not _takes(module, 'train'):
     raise UserError(
       f'the attention made {type(module).__name__}; it must make a linen module whose __call__ '
       'takes (x, *, train).'
     )
-  return attention
 
 
 def _unwrapped(factory: Any) -> Any:
