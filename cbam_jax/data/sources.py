@@ -90,18 +90,21 @@ class TfdsSource:
 
   def __init__(self, name: str, split: str, data_dir: str | None):
     tfds = require('tensorflow_datasets', 'train')
-    # The community's sets are looked up over the network, and with TensorFlow.
-    known = set(tfds.list_builders(with_community_datasets=False))
-    dataset = name.split('/')[0].split(':')[0]
-    if dataset not in known:
-      raise UserError(
-        f'tensorflow-datasets has no set {dataset!r}.{near(dataset, known)} All of them: '
-        'https://www.tensorflow.org/datasets/catalog.'
-      )
     try:
       builder = tfds.builder(name, data_dir=data_dir)
-    except (AssertionError, ValueError) as error:
-      raise UserError(f'{name!r} is no version or variant of {dataset}: {error}') from error
+    except tfds.core.DatasetNotFoundError as error:
+      dataset = name.split('/')[0].split(':')[0]
+      # The community's sets are listed over the network, and with TensorFlow.
+      known = set(tfds.list_builders(with_community_datasets=False))
+      raise UserError(
+        f'tensorflow-datasets has no set {dataset!r}, nor is one of that name prepared under '
+        f'data.dir={data_dir!r}.{near(dataset, known)} All of them: '
+        'https://www.tensorflow.org/datasets/catalog.'
+      ) from error
+    except (AssertionError, ImportError, ValueError) as error:
+      raise UserError(
+        f'{name!r} is no version or variant of a tensorflow-datasets set: {error}'
+      ) from error
     available = [s for s in TFDS_SPLITS[split] if s in builder.info.splits]
     if not available:
       raise UserError(

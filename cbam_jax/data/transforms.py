@@ -20,6 +20,8 @@ def decode(image: np.ndarray | bytes) -> np.ndarray:
     return image
   pillow = require('PIL.Image', 'train')
   with pillow.open(io.BytesIO(image)) as picture:
+    if picture.mode == 'P':  # Pillow warns of a palette's transparency unless it is kept at first
+      return np.asarray(picture.convert('RGBA').convert('RGB'))
     return np.asarray(picture.convert('RGB'))
 
 

@@ -143,7 +143,7 @@ def _nameable(attention: Callable[[], Any]) -> LayerFactory:
   except TypeError as error:
     raise UserError(
       f'the attention {attention!r} can be called neither with name=... nor with nothing '
-      f'({error}); give a module class, a functools.partial of one, or a callable without arguments.'
+      f'({error}); give a module class, a partial of one, or a callable without arguments.'
     ) from error
   _check_module(module)
   fields = {

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from cbam_jax.data.transforms import AUGMENTATIONS
 from cbam_jax.errors import UserError, check_choice
 from cbam_jax.models import create_model
 from cbam_jax.models.base import Classifier
@@ -18,8 +19,14 @@ from cbam_jax.training.optimizer import SCHEDULES
 
 DTYPES = ('float32', 'bfloat16')
 
+# Fields of the network that are not given among `model.fields`, and the key of each.
+OWN_KEYS = {'dtype': 'dtype'} | {
+  field: f'model.{field}' for field in ('name', 'attention', 'num_classes', 'stem', 'group_size')
+}
+
 # Key, what is allowed, and the check of it.
 RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+  ('seed', 'from 0 to under 2**32', lambda v: 0 <= v < 2**32),
   ('epochs', 'above 0', lambda v: 0 < v < math.inf),
   ('batch_size', '1 or more', lambda v: v >= 1),
   ('eval_batch_size', '1 or more', lambda v: v >= 1),
@@ -43,7 +50,7 @@ def default_config() -> ml_collections.ConfigDict:
   A file of `configs/` starts from this and changes what its experiment needs; a key that is not
   here cannot be set.
   """
-  return ml_collections.ConfigDict(
+  config = ml_collections.ConfigDict(
     {
       'seed': 0,
       'epochs': 90,
@@ -84,6 +91,7 @@ def default_config() -> ml_collections.ConfigDict:
       'checkpoints': {'keep': 2},  # the latest ones; the best is kept beside them
     }
   )
+  return config.lock()
 
 
 def build_model(config: ml_collections.ConfigDict) -> Classifier:
@@ -109,6 +117,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   """Raises `UserError` on a value that would fail only once a run is under way."""
   check_choice('dtype', config.dtype, DTYPES)
   check_choice('optimizer.schedule', config.optimizer.schedule, SCHEDULES)
+  check_choice('data.augmentation', config.data.augmentation, AUGMENTATIONS)
   for key, allowed, valid in RANGES:
     value = functools.reduce(lambda node, name: node[name], key.split('.'), config)
     if not valid(value):
@@ -137,4 +146,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'model.group_size is {group}, which does not divide batch_size={config.batch_size}; choose '
       'a divisor, or None to normalise over the global batch.'
     )
+  for field in config.model.fields:
+    if field in OWN_KEYS:
+      raise UserError(
+        f'model.fields has {field!r}, which has a key of its own; set {OWN_KEYS[field]} instead.'
+      )
   build_model(config)

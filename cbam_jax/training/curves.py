@@ -44,7 +44,8 @@ def draw_curves(entries: Iterable[dict[str, Any]], path: Path, title: str) -> No
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
-  error.legend(frameon=False, loc='upper right')
+  if entries:  # none if a run ends before it has logged anything
+    error.legend(frameon=False, loc='upper right')
   figure.suptitle(title)
   figure.savefig(path, dpi=120)
 

@@ -55,7 +55,22 @@ class Experiment:
     return self._open('test')
 
   def _open(self, split: str) -> Source:
-    return open_source(self.config.data.name, split, self.config.data.dir)
+    data = self.config.data
+    source = open_source(data.name, split, data.dir)
+    height, width, channels = decode(source[0]['image']).shape
+    if channels != len(data.mean):
+      raise UserError(
+        f'data.mean is {data.mean} but the images of {data.name} have {channels} channels; give '
+        'one number a channel in data.mean and in data.std.'
+      )
+    cropped = data.augmentation == 'crop_flip' if split == 'train' else data.resized_side
+    if not cropped and not height == width == data.image_size:
+      remedy = 'data.augmentation=crop_flip' if split == 'train' else 'data.resized_side'
+      raise UserError(
+        f'data.image_size is {data.image_size} but the {split} images of {data.name} are '
+        f'{height}x{width} and nothing crops them; make them the same, or set {remedy}.'
+      )
+    return source
 
   @property
   def train_transform(self) -> Transform:
@@ -111,7 +126,11 @@ class Experiment:
 
   def new_state(self) -> TrainState:
     """The state before the first step, on every device."""
-    create = jax.jit(self._create_state, out_shardings=replicated(self.mesh))
+    # It runs once: on a CPU, optimising it takes many times as long as running it.
+    options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+    create = jax.jit(
+      self._create_state, out_shardings=replicated(self.mesh), compiler_options=options
+    )
     return create(jax.random.key(self.config.seed))
 
   def abstract_state(self) -> TrainState:

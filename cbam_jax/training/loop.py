@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ import ml_collections
 from rich.console import Console
 
 from cbam_jax.data import train_batches
+from cbam_jax.errors import UserError
 from cbam_jax.training.checkpoints import Checkpoints
 from cbam_jax.training.experiment import Experiment, means
 from cbam_jax.training.report import Report
@@ -31,18 +33,21 @@ def train(
     The test metrics of the last step: 'loss', 'top1', 'top5' and 'count'.
 
   Raises:
-    UserError: On a configuration that cannot be run, or a folder of another run.
+    UserError: On a configuration that cannot be run, a folder of another run, or a loss that is
+      not finite.
   """
   console = console or Console()
   experiment = Experiment(config)
   total_steps, steps_per_epoch = experiment.total_steps, experiment.steps_per_epoch
+  # Opens the test set and traces the network: what cannot work fails before anything is written.
+  abstract_state = experiment.abstract_state()
   folder = Workdir(workdir)
   folder.claim(config)
 
   with Checkpoints(folder.checkpoints, config.checkpoints.keep) as checkpoints:
     start = checkpoints.latest_step() or 0
     if start:
-      state = checkpoints.restore(start, experiment.abstract_state())
+      state = checkpoints.restore(start, abstract_state)
     else:
       state = experiment.new_state()
 
@@ -67,6 +72,7 @@ def train(
         if step % eval_steps == 0 or step == total_steps:
           meter.flush(step)
           result = experiment.evaluate(state.variables)
+          _check_finite(result['loss'], f'the test loss at step {step}')
           report.log(step, step / steps_per_epoch, 'test', result)
           checkpoints.save(state, step, result)
           meter.restart()
@@ -74,6 +80,15 @@ def train(
         result = experiment.evaluate(state.variables)
         report.say(f'The run is complete: {total_steps} steps were already taken.')
   return result
+
+
+def _check_finite(loss: float, what: str) -> None:
+  if not math.isfinite(loss):
+    raise UserError(
+      f'{what} is {loss}; lower optimizer.learning_rate or warm it up (optimizer.warmup_epochs), '
+      'and see that model.num_classes is above every label. Started again, the run goes on from '
+      'its last checkpoint.'
+    )
 
 
 def _introduction(experiment: Experiment, folder: Workdir, start: int) -> str:
@@ -109,6 +124,7 @@ class _Meter:
     if self._sums is None:
       return
     values = means(jax.device_get(self._sums))
+    _check_finite(values['loss'], f'the loss in steps {self._logged_step + 1} to {step}')
     seconds = time.monotonic() - self._started
     speed = values.pop('count') / seconds
     epoch = step / self._experiment.steps_per_epoch

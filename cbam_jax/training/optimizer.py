@@ -55,5 +55,5 @@ def sgd(
   """SGD as PyTorch's: the decay joins the gradient before the momentum, on every parameter."""
   return optax.chain(
     optax.add_decayed_weights(weight_decay),
-    optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov),
+    optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
   )

@@ -93,7 +93,8 @@ class Report:
   def say(self, text: str) -> None:
     """Prints a line, above the progress bar if there is one."""
     if self._active:
-      self._console.print(text, highlight=False)
+      # As it is: a log file is not wrapped at a screen's width, and a path may hold brackets.
+      self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
   def _draw(self) -> None:
     draw_curves(self.workdir.metrics(), self.workdir.curves_file, self.title)

@@ -36,8 +36,15 @@ class Workdir:
     """Records `config` as this run's, unless the folder belongs to a run of another network.
 
     Raises:
-      UserError: If the folder's run has another network or data set; nothing is written then.
+      UserError: If the folder's run has another network or data set (nothing is written then), or
+        if the folder cannot be made.
     """
+    if '[' in str(self.root.absolute()):
+      # It takes the name for a pattern, does not find what it has just written, and drops it.
+      raise UserError(
+        f"the workdir is {str(self.root)!r}, but orbax loses checkpoints below a name with '['; "
+        'choose another --workdir.'
+      )
     if self.config_file.exists():
       before = self.config()
       differences = [
@@ -50,7 +57,10 @@ class Workdir:
           f'{self.root} holds a run of another configuration: {"; ".join(differences)}. Choose '
           'another --workdir, or the same configuration to go on with that run.'
         )
-    self.root.mkdir(parents=True, exist_ok=True)
+    try:
+      self.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(f'{error}; choose a --workdir that can be made.') from error
     text = json.dumps(config.to_dict(), indent=2) + '\n'
     _write_whole(self.config_file, text)
 
@@ -62,7 +72,7 @@ class Workdir:
     """
     try:
       stored = json.loads(self.config_file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
       raise UserError(
         f'{self.root} holds no run (there is no {self.config_file.name}); name the --workdir that '
         'a training was started with.'
