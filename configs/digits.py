@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from cbam_jax.training.config import default_config
+from cbam_jax.training import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -7,7 +7,7 @@ batch norm over 64 examples, as each of the paper's four devices saw.
 import ml_collections
 
 from cbam_jax.errors import UserError
-from cbam_jax.training.config import default_config
+from cbam_jax.training import default_config
 
 
 def get_config(variant: str = 'resnet50,cbam') -> ml_collections.ConfigDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -84,7 +85,7 @@ class ChannelAttention(nn.Module):
     """The map before the sigmoid: (N, 1, ..., 1, C), float32 at the least."""
     check_feature_map(type(self).__name__, x)
     values = x.astype(at_least_float32(self.dtype or x.dtype))
-    values = values.reshape(x.shape[0], -1, x.shape[-1])
+    values = values.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     pooled = jnp.stack([POOLS[pool](values) for pool in self.pools], 1)
     mlp = BottleneckMLP(self.reduction, self.use_bias, self.param_dtype, name='mlp')
     return lax.expand_dims(jnp.sum(mlp(pooled), 1), range(1, x.ndim - 1))

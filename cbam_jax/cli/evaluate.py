@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 
-from cbam_jax.errors import require
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares what the subcommand takes."""
@@ -16,8 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
   """Prints the metrics."""
-  require('optax', 'train')
-  from cbam_jax.training.evaluate import evaluate
+  from cbam_jax.training import evaluate
 
   metrics = evaluate(arguments.workdir)
   if arguments.json:

@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
   """Trains, or goes on training."""
-  require('optax', 'train')
-  from cbam_jax.training.loop import train
+  from cbam_jax.training import train
 
   train(load_config(arguments.config, arguments.overrides), arguments.workdir)
 
