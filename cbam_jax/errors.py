@@ -16,6 +16,10 @@ class UserError(ValueError):
   """Input that cannot be used: the message names the value, what is allowed and what to do."""
 
 
+class RunError(RuntimeError):
+  """A run that cannot go on: the message says what happened, what is safe and what to do."""
+
+
 class MissingExtraError(UserError, ImportError):
   """A package of one of this project's extras is not installed."""
 

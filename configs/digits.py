@@ -7,7 +7,7 @@ from cbam_jax.training import default_config
 
 def get_config() -> ml_collections.ConfigDict:
   config = default_config()
-  config.epochs = 30
+  config.epochs = 20.0
   config.batch_size = 64
   config.eval_batch_size = 360
   config.log_every_steps = 22

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from cbam_jax.cli import evaluate, models, train
-from cbam_jax.errors import UserError
+from cbam_jax.errors import RunError, UserError
 
 COMMANDS = {'train': train, 'evaluate': evaluate, 'models': models}
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == 'train':
       arguments.overrides = rest
     arguments.run(arguments)
-  except UserError as error:
+  except (UserError, RunError) as error:
     print(f'cbam-jax {arguments.command}: {error}', file=sys.stderr)
-    return 2
+    return 2 if isinstance(error, UserError) else 1
   return 0

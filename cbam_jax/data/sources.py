@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypedDict
-
 import numpy as np
 
+from cbam_jax.data.folder import FolderSource
+from cbam_jax.data.records import Record, Source
 from cbam_jax.errors import UserError, check_choice, near, require
 
 SPLITS = ('train', 'test')
-
-
-class Record(TypedDict):
-  """One example as its source stores it.
-
-  `image` is uint8 (H, W, C), or the bytes of an encoded file, which the loader's workers decode.
-  """
-
-  image: np.ndarray | bytes
-  label: int
-
-
-class Source(Protocol):
-  """A set of examples with random access."""
-
-  def __len__(self) -> int:
-    """The number of examples."""
-    ...
-
-  def __getitem__(self, index: int) -> Record:
-    """The example at `index`, the same at every call."""
-    ...
 
 
 class ArraySource:
@@ -39,6 +17,7 @@ class ArraySource:
   Attributes:
     images: uint8 (n, H, W, C).
     labels: Integers (n,).
+    num_classes: One more than the highest label.
   """
 
   def __init__(self, images: np.ndarray, labels: np.ndarray):
@@ -49,6 +28,7 @@ class ArraySource:
       )
     self.images = images
     self.labels = labels
+    self.num_classes = int(np.max(labels, initial=-1)) + 1
 
   def __len__(self) -> int:
     return len(self.images)
@@ -116,6 +96,7 @@ class TfdsSource:
         f'the examples of {name} have no {" and no ".join(sorted(missing))}; choose a set for '
         'image classification.'
       )
+    self.num_classes = builder.info.features['label'].num_classes
     try:
       self._records = builder.as_data_source(
         split=available[0], decoders={'image': tfds.decode.SkipDecoding()}
@@ -138,9 +119,11 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
   """Opens a set of examples.
 
   Args:
-    name: 'digits', or 'tfds:NAME' for any set of tensorflow-datasets, such as 'tfds:imagenet2012'.
+    name: 'digits'; 'folder' for pictures in one folder a class; or 'tfds:NAME' for any set of
+      tensorflow-datasets, such as 'tfds:imagenet2012'.
     split: 'train' or 'test'.
-    data_dir: Where tensorflow-datasets looks; None for its default, ~/tensorflow_datasets.
+    data_dir: Where the pictures are, or where tensorflow-datasets looks; None for its default,
+      ~/tensorflow_datasets.
 
   Raises:
     UserError: On an unknown name or split, or a set that is not there.
@@ -150,7 +133,11 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     return digits(split)
   if name.startswith('tfds:'):
     return TfdsSource(name.removeprefix('tfds:'), split, data_dir)
+  if name == 'folder':
+    if data_dir is None:
+      raise UserError("the data set is 'folder'; name its root with --config.data.dir=DIR.")
+    return FolderSource(data_dir, split)
   raise UserError(
-    f"the data set is {name!r}; allowed: 'digits', or 'tfds:NAME' for a set of "
-    "tensorflow-datasets, such as 'tfds:imagenet2012'."
+    f"the data set is {name!r}; allowed: 'digits', 'folder' for pictures of your own, or "
+    "'tfds:NAME' for a set of tensorflow-datasets, such as 'tfds:imagenet2012'."
   )

@@ -34,6 +34,8 @@ class Classifier(nn.Module):
     group_size: Examples that share batch-norm statistics; None for the whole batch.
     dtype: Computation type of the features. Statistics, gates and logits are float32 at the least.
     param_dtype: Type in which parameters are stored.
+    remat: Whether the backward pass computes each block again rather than keep what is within it:
+      more time, much less memory.
 
   Raises:
     UserError: On an unknown stem or fewer than one class.
@@ -46,6 +48,7 @@ class Classifier(nn.Module):
   group_size: int | None = None
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
+  remat: bool = False
 
   def __post_init__(self) -> None:
     check_choice('the stem', self.stem, STEMS)
@@ -115,3 +118,12 @@ class Classifier(nn.Module):
     return functools.partial(
       BatchNorm, group_size=self.group_size, dtype=self.dtype, param_dtype=self.param_dtype
     )
+
+
+def run_block(block: nn.Module, x: jax.Array, *, train: bool, remat: bool) -> jax.Array:
+  """`block(x, train=train)`, with only `x` kept for the backward pass if `remat`."""
+
+  def run(block: Any, x: jax.Array) -> jax.Array:
+    return block(x, train=train)
+
+  return (nn.remat(run) if remat else run)(block, x)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from cbam_jax.errors import UserError
-from cbam_jax.models.base import Classifier, LayerFactory
+from cbam_jax.models.base import Classifier, LayerFactory, run_block
 
 
 class StageSpec(NamedTuple):
@@ -98,6 +98,7 @@ class Stage(nn.Module):
   norm: LayerFactory
   attention: LayerFactory | None
   stage_attention: LayerFactory | None
+  remat: bool
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -107,7 +108,7 @@ class Stage(nn.Module):
       block = SeparableBlock(
         self.features, strides, self.conv, self.norm, self.attention, name=f'block{i + 1}'
       )
-      x = block(x, train=train)
+      x = run_block(block, x, train=train, remat=self.remat)
     if self.stage_attention is not None:
       x = self.stage_attention(name='stage_attention')(x, train=train)
     return x
@@ -151,6 +152,7 @@ class MobileNetV1(Classifier):
         spec.strides,
         *layers,
         stage_attention=self.stage_attention if i in (2, 3, 4) else None,
+        remat=self.remat,
         name=f'stage{i}',
       )
       x = outputs[f'stage{i}'] = stage(x, train=train)

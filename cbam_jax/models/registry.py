@@ -151,7 +151,8 @@ def _nameable(attention: Callable[[], Any]) -> LayerFactory:
     for field in dataclasses.fields(module)
     if field.init and field.name not in ('name', 'parent')
   }
-  return functools.partial(type(module), **fields)
+  make: Any = type(module)
+  return functools.partial(make, **fields)
 
 
 def _check_module(module: Any) -> None:

@@ -11,7 +11,7 @@ import jax
 
 from cbam_jax.errors import UserError
 from cbam_jax.layers import max_pool
-from cbam_jax.models.base import Classifier, LayerFactory
+from cbam_jax.models.base import Classifier, LayerFactory, run_block
 
 
 class BasicBlock(nn.Module):
@@ -128,12 +128,13 @@ class Stage(nn.Module):
 
   blocks: Sequence[LayerFactory]
   attention: LayerFactory | None
+  remat: bool
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Maps `x` (N, H, W, C) to the stage's output."""
     for i, block in enumerate(self.blocks, 1):
-      x = block(name=f'block{i}')(x, train=train)
+      x = run_block(block(name=f'block{i}'), x, train=train, remat=self.remat)
     if self.attention is not None:
       x = self.attention(name='stage_attention')(x, train=train)
     return x
@@ -178,7 +179,9 @@ class ResNet(Classifier):
     for i, size in enumerate(self.stage_sizes, 1):
       attention = self.stage_attention if i < len(self.stage_sizes) else None
       blocks = [self._block(i, strides=2 if i > 1 and b == 0 else 1) for b in range(size)]
-      x = outputs[f'stage{i}'] = Stage(blocks, attention, name=f'stage{i}')(x, train=train)
+      x = outputs[f'stage{i}'] = Stage(blocks, attention, self.remat, name=f'stage{i}')(
+        x, train=train
+      )
     return outputs
 
   @nn.nowrap

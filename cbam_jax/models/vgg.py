@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cbam_jax.layers import at_least_float32, max_pool
-from cbam_jax.models.base import Classifier, LayerFactory, kaiming_fan_in
+from cbam_jax.models.base import Classifier, LayerFactory, kaiming_fan_in, run_block
 
 POOLED_SIDE = 7
 """Side of the features that the first fully connected layer was made for (images of 224)."""
@@ -70,7 +70,8 @@ class VGG(Classifier):
         self.stage_attention if i >= 3 else None,
         name=f'stage{i}',
       )
-      x = stage(x if i == 1 else max_pool(x, 2, strides=2), train=train)
+      x = x if i == 1 else max_pool(x, 2, strides=2)
+      x = run_block(stage, x, train=train, remat=self.remat)
       outputs[f'stage{i}'] = x
     return outputs
 

@@ -22,5 +22,5 @@ def evaluate(workdir: str) -> dict[str, Any]:
   experiment = Experiment(folder.config())
   with Checkpoints(folder.checkpoints) as checkpoints:
     step = checkpoints.best_step()
-    state = checkpoints.restore(step, experiment.abstract_state())
-  return {'step': step, **experiment.evaluate(state.variables)}
+    state = checkpoints.restore(step, experiment.abstract_state)
+  return {'step': step, **(experiment.evaluate(state.variables) or {})}

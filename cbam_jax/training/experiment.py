@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -13,10 +15,17 @@ from cbam_jax.data import Batch, Source, eval_batches, open_source
 from cbam_jax.data.transforms import Transform, decode, eval_transform, train_transform
 from cbam_jax.errors import UserError
 from cbam_jax.training.config import build_model, validate
+from cbam_jax.training.mixing import mix
 from cbam_jax.training.optimizer import learning_rate_schedule, sgd
-from cbam_jax.training.sharding import make_mesh, replicated, split_over_data, to_devices
+from cbam_jax.training.sharding import (
+  make_mesh,
+  replicated,
+  split_over_devices,
+  state_shardings,
+  to_devices,
+)
 from cbam_jax.training.state import TrainState, create_state
-from cbam_jax.training.step import Metrics, make_eval_step, make_train_step, normalizer
+from cbam_jax.training.step import Metrics, make_eval_step, make_train_step, means, normalizer
 
 
 class Experiment:
@@ -35,7 +44,7 @@ class Experiment:
     validate(config)
     self.config = config
     self.model = build_model(config)
-    self.mesh = make_mesh()
+    self.mesh = make_mesh(config.mesh.fsdp)
     self._normalize = normalizer(config.data.mean, config.data.std)
 
   @functools.cached_property
@@ -57,6 +66,11 @@ class Experiment:
   def _open(self, split: str) -> Source:
     data = self.config.data
     source = open_source(data.name, split, data.dir)
+    if source.num_classes > self.config.model.num_classes:
+      raise UserError(
+        f'model.num_classes is {self.config.model.num_classes} but {data.name} has '
+        f'{source.num_classes} classes; set it to at least that.'
+      )
     height, width, channels = decode(source[0]['image']).shape
     if channels != len(data.mean):
       raise UserError(
@@ -112,74 +126,107 @@ class Experiment:
       lambda step: self.schedule(step),
       momentum=optimizer.momentum,
       weight_decay=optimizer.weight_decay,
+      decay=optimizer.decay,
       nesterov=optimizer.nesterov,
+      clip_norm=optimizer.clip_norm,
     )
 
   @functools.cached_property
   def _create_state(self) -> Any:
-    source = self.test_source
-    channels = decode(source[0]['image']).shape[-1]
+    channels = decode(self.test_source[0]['image']).shape[-1]
     size = self.config.data.image_size
     return functools.partial(
-      create_state, self.model, self._optimizer, image_shape=(size, size, channels)
+      create_state,
+      self.model,
+      self._optimizer,
+      image_shape=(size, size, channels),
+      averaged=self.config.average_decay is not None,
     )
 
+  @functools.cached_property
+  def abstract_state(self) -> TrainState:
+    """The shapes, types and shardings of a state."""
+    shapes = jax.eval_shape(self._create_state, jax.random.key(self.config.seed))
+    return jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      shapes,
+      state_shardings(self.mesh, shapes),
+    )
+
+  @property
+  def _state_shardings(self) -> TrainState:
+    return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
   def new_state(self) -> TrainState:
-    """The state before the first step, on every device."""
+    """The state before the first step, on the devices."""
     # It runs once: on a CPU, optimising it takes many times as long as running it.
     options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
     create = jax.jit(
-      self._create_state, out_shardings=replicated(self.mesh), compiler_options=options
+      self._create_state, out_shardings=self._state_shardings, compiler_options=options
     )
     return create(jax.random.key(self.config.seed))
 
-  def abstract_state(self) -> TrainState:
-    """The shapes, types and shardings of a state, for a checkpoint to fill."""
-    shapes = jax.eval_shape(self._create_state, jax.random.key(self.config.seed))
-    sharding = replicated(self.mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-
   @functools.cached_property
-  def _train_step(self) -> Any:
-    everywhere, split = replicated(self.mesh), split_over_data(self.mesh)
+  def compiled_train_step(self) -> Any:
+    """The jitted step, from a state (consumed) and a batch to a state and metrics."""
+    config = self.config
+    mixing = None
+    if config.data.mixing != 'none':
+      mixing = functools.partial(mix, kind=config.data.mixing, alpha=config.data.mixing_alpha)
+    step = make_train_step(
+      self.model,
+      self._optimizer,
+      self._normalize,
+      self.schedule,
+      label_smoothing=config.label_smoothing,
+      mixing=mixing,
+      accumulate=config.accumulate,
+      average_decay=config.average_decay,
+      seed=config.seed,
+    )
     return jax.jit(
-      make_train_step(self.model, self._optimizer, self._normalize, self.config.label_smoothing),
-      in_shardings=(everywhere, split),
-      out_shardings=everywhere,
+      step,
+      in_shardings=(self._state_shardings, split_over_devices(self.mesh)),
+      out_shardings=(self._state_shardings, replicated(self.mesh)),
       donate_argnums=0,
     )
 
   @functools.cached_property
   def _eval_step(self) -> Any:
-    everywhere, split = replicated(self.mesh), split_over_data(self.mesh)
+    variables = jax.tree.map(lambda x: x.sharding, self.abstract_state.variables)
     return jax.jit(
       make_eval_step(self.model, self._normalize),
-      in_shardings=(everywhere, split),
-      out_shardings=everywhere,
+      in_shardings=(variables, split_over_devices(self.mesh)),
+      out_shardings=replicated(self.mesh),
     )
 
   def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One step on this process's share of a batch; `state` is consumed."""
-    return self._train_step(state, to_devices(batch, self.mesh))
+    return self.compiled_train_step(state, to_devices(batch, self.mesh))
 
-  def evaluate(self, variables: Any) -> dict[str, float]:
-    """Mean loss, top-1 and top-5 (fractions of 1) over every test example once, and their count."""
+  def evaluate(
+    self, variables: Any, interrupted: Callable[[], bool] = lambda: False
+  ) -> dict[str, float] | None:
+    """Evaluates a network on every test example, each counted once.
+
+    Args:
+      variables: The network's.
+      interrupted: Asked before every batch whether to give up.
+
+    Returns:
+      Mean 'loss', 'top1' and 'top5' (fractions of 1), and 'count'; None if given up.
+    """
     batches = eval_batches(
       self.test_source,
       self.eval_transform,
       self.config.eval_batch_size,
       workers=self.config.data.workers,
+      bad_share=self.config.data.bad_share,
     )
     sums: Metrics | None = None
     for batch in batches:
+      if interrupted():
+        return None
       metrics = self._eval_step(variables, to_devices(batch, self.mesh))
-      sums = metrics if sums is None else jax.tree.map(jax.numpy.add, sums, metrics)
+      sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
     return means(jax.device_get(sums))
-
-
-def means(sums: dict[str, Any]) -> dict[str, float]:
-  """What sums over examples come to for one example, beside their count."""
-  count = float(sums['count'])
-  return {name: float(sums[name]) / count for name in ('loss', 'top1', 'top5')} | {
-    'count': int(count)
-  }

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import ml_collections
+from jax.experimental import multihost_utils
 from rich.console import Console
 
-from cbam_jax.data import train_batches
-from cbam_jax.errors import UserError
+from cbam_jax.data import Batch, train_batches
+from cbam_jax.errors import RunError
 from cbam_jax.training.checkpoints import Checkpoints
-from cbam_jax.training.experiment import Experiment, means
+from cbam_jax.training.experiment import Experiment
+from cbam_jax.training.interruption import Interruption
+from cbam_jax.training.meter import Meter
 from cbam_jax.training.report import Report
-from cbam_jax.training.step import Metrics
+from cbam_jax.training.state import TrainState
 from cbam_jax.training.workdir import Workdir
 
 
 def train(
   config: ml_collections.ConfigDict, workdir: str, console: Console | None = None
-) -> dict[str, float]:
+) -> dict[str, float] | None:
   """Trains what `config` describes in `workdir`, going on where an earlier call stopped.
 
   Args:
@@ -30,114 +34,155 @@ def train(
     console: Where progress is shown; None for standard output.
 
   Returns:
-    The test metrics of the last step: 'loss', 'top1', 'top5' and 'count'.
+    The test metrics of the last step: 'loss', 'top1', 'top5' and 'count'; None if SIGTERM ended
+    the run before, with a checkpoint to go on from.
 
   Raises:
-    UserError: On a configuration that cannot be run, a folder of another run, or a loss that is
-      not finite.
+    UserError: On a configuration that cannot be run, or a folder of another run.
+    RunError: If the run cannot go on: a loss that is not finite, a checkpoint that cannot be
+      written or read, too many images that cannot be decoded.
   """
-  console = console or Console()
-  experiment = Experiment(config)
-  total_steps, steps_per_epoch = experiment.total_steps, experiment.steps_per_epoch
-  # Opens the test set and traces the network: what cannot work fails before anything is written.
-  abstract_state = experiment.abstract_state()
-  folder = Workdir(workdir)
-  folder.claim(config)
+  return _Run(Experiment(config), Workdir(workdir), console or Console()).run()
 
-  with Checkpoints(folder.checkpoints, config.checkpoints.keep) as checkpoints:
-    start = checkpoints.latest_step() or 0
-    if start:
-      state = checkpoints.restore(start, abstract_state)
-    else:
-      state = experiment.new_state()
 
-    title = f'{config.model.name} + {config.model.attention} on {config.data.name}'
-    with Report(folder, title, total_steps, start, console) as report:
-      report.say(_introduction(experiment, folder, start))
-      meter = _Meter(report, experiment, start)
-      batches = train_batches(
-        experiment.train_source,
-        experiment.train_transform,
-        config.batch_size,
-        seed=config.seed,
-        start_step=start,
-        stop_step=total_steps,
-        workers=config.data.workers,
+class _Run:
+  """One call of `train`."""
+
+  def __init__(self, experiment: Experiment, folder: Workdir, console: Console):
+    self.experiment = experiment
+    self.config = experiment.config
+    self.folder = folder
+    self.console = console
+    self.total_steps = experiment.total_steps
+    self.steps_per_epoch = experiment.steps_per_epoch
+    self.eval_steps = max(1, round(self.config.eval_every_epochs * self.steps_per_epoch))
+    # Opens the test set and traces the network: what cannot work fails before anything is written.
+    self.abstract_state = experiment.abstract_state
+
+  def run(self) -> dict[str, float] | None:
+    """Trains from the newest checkpoint to the last step."""
+    config, folder = self.config, self.folder
+    folder.check(config)
+    with folder.locked(), contextlib.ExitStack() as stack:
+      folder.claim(config)
+      self.interruption = stack.enter_context(Interruption())
+      self.checkpoints = stack.enter_context(
+        Checkpoints(folder.checkpoints, config.checkpoints.keep, self._say)
       )
-      result: dict[str, float] = {}
-      eval_steps = max(1, round(config.eval_every_epochs * steps_per_epoch))
-      for step, batch in enumerate(batches, start + 1):
-        state, metrics = experiment.train_step(state, batch)
-        meter.add(step, metrics)
-        if step % eval_steps == 0 or step == total_steps:
-          meter.flush(step)
-          result = experiment.evaluate(state.variables)
-          _check_finite(result['loss'], f'the test loss at step {step}')
-          report.log(step, step / steps_per_epoch, 'test', result)
-          checkpoints.save(state, step, result)
-          meter.restart()
-      if not result:
-        result = experiment.evaluate(state.variables)
-        report.say(f'The run is complete: {total_steps} steps were already taken.')
-  return result
+      found = self.checkpoints.restore_newest(self.abstract_state)
+      state, start = found or (self.experiment.new_state(), 0)
+      title = f'{config.model.name} + {config.model.attention} on {config.data.name}'
+      self.report = stack.enter_context(
+        Report(folder, title, self.total_steps, start, self.console)
+      )
+      self.report.say(self._introduction(start))
+      with jax.transfer_guard('disallow'):
+        return self._train(state, start)
 
+  def _train(self, state: TrainState, start: int) -> dict[str, float] | None:
+    config, experiment = self.config, self.experiment
+    meter = Meter(self.report, config.log_every_steps, self.steps_per_epoch, config.skip_nonfinite)
+    result = self.folder.last_test(start)
+    if start and self._evaluates_after(start) and result is None:
+      # The run was interrupted between the step and the end of its evaluation.
+      result = self._evaluate(state, start)
+      if result is None:
+        return None
+    if start == self.total_steps:
+      self.report.say(f'The run is complete: all {start} steps were taken.')
+      return result
 
-def _check_finite(loss: float, what: str) -> None:
-  if not math.isfinite(loss):
-    raise UserError(
-      f'{what} is {loss}; lower optimizer.learning_rate or warm it up (optimizer.warmup_epochs), '
-      'and see that model.num_classes is above every label. Started again, the run goes on from '
-      'its last checkpoint.'
+    saved = time.monotonic()
+    for step, batch in enumerate(self._batches(start, meter), start + 1):
+      state, metrics = experiment.train_step(state, batch)
+      meter.add(step, metrics)
+      if self._evaluates_after(step):
+        meter.flush()
+        result = self._evaluate(state, step)
+        if result is None:
+          self._stop(state, step)
+          return None
+        self.checkpoints.save(state, step, result)
+        saved = time.monotonic()
+        meter.restart()
+      elif self._saves_after(step, saved):
+        meter.flush()
+        self.checkpoints.save(state, step)
+        saved = time.monotonic()
+        meter.restart()
+      elif meter.due():
+        meter.flush()
+      if self.interruption.requested(step):
+        meter.flush()
+        self._stop(state, step)
+        return None
+    return result
+
+  def _batches(self, start: int, meter: Meter) -> Iterator[Batch]:
+    batches = train_batches(
+      self.experiment.train_source,
+      self.experiment.train_transform,
+      self.config.batch_size,
+      seed=self.config.seed,
+      start_step=start,
+      stop_step=self.total_steps,
+      workers=self.config.data.workers,
+      bad_share=self.config.data.bad_share,
+    )
+    while True:
+      asked = time.monotonic()
+      batch = next(batches, None)
+      if batch is None:
+        return
+      meter.received(time.monotonic() - asked, batches.bad_images)
+      yield batch
+
+  def _evaluates_after(self, step: int) -> bool:
+    return step % self.eval_steps == 0 or step == self.total_steps
+
+  def _saves_after(self, step: int, saved: float) -> bool:
+    every = self.config.checkpoints.every_steps
+    if every is not None:
+      return step % every == 0
+    # The clocks of several processes differ, and all must save alike: the first one's counts.
+    due = time.monotonic() - saved > 60 * self.config.checkpoints.every_minutes
+    if jax.process_count() == 1:
+      return due
+    if step % self.config.log_every_steps:
+      return False
+    return bool(multihost_utils.broadcast_one_to_all(due))
+
+  def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
+    result = self.experiment.evaluate(
+      state.variables,
+      # Several processes give up between steps only, where they can agree to.
+      interrupted=lambda: jax.process_count() == 1 and self.interruption.requested(step),
+    )
+    if result is not None:
+      if not math.isfinite(result['loss']):
+        raise RunError(
+          f'the test loss at step {step} is {result["loss"]}; lower optimizer.learning_rate or '
+          'warm it up (optimizer.warmup_epochs). The newest checkpoint is from before it.'
+        )
+      self.report.log(step, step / self.steps_per_epoch, 'test', result)
+    return result
+
+  def _stop(self, state: TrainState, step: int) -> None:
+    if self.checkpoints.latest_step() != step:
+      self.checkpoints.save(state, step)
+    self.checkpoints.wait()
+    self.report.say(
+      f'Interrupted: step {step} is saved. Run the same command again to go on from there.'
     )
 
+  def _say(self, text: str) -> None:
+    if jax.process_index() == 0:
+      self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-def _introduction(experiment: Experiment, folder: Workdir, start: int) -> str:
-  devices = jax.devices()
-  verb = f'going on from step {start}' if start else 'starting'
-  return (
-    f'{folder.root}: {verb}, {experiment.total_steps} steps of {experiment.config.batch_size} '
-    f'images on {len(devices)} x {devices[0].device_kind}'
-  )
-
-
-class _Meter:
-  """Adds up training metrics on the device and reports them without holding up the next step."""
-
-  def __init__(self, report: Report, experiment: Experiment, step: int):
-    self._report = report
-    self._experiment = experiment
-    self._logged_step = step
-    self._sums: Metrics | None = None
-    self._started = time.monotonic()
-
-  def add(self, step: int, metrics: Metrics) -> None:
-    """Takes in one step's metrics; every so often, reports those of the steps before it.
-
-    The step just dispatched is left to run: only sums that are finished already are fetched.
-    """
-    if step - 1 - self._logged_step >= self._experiment.config.log_every_steps:
-      self.flush(step - 1)
-    self._sums = metrics if self._sums is None else jax.tree.map(jax.numpy.add, self._sums, metrics)
-
-  def flush(self, step: int) -> None:
-    """Reports what has been added up to `step`."""
-    if self._sums is None:
-      return
-    values = means(jax.device_get(self._sums))
-    _check_finite(values['loss'], f'the loss in steps {self._logged_step + 1} to {step}')
-    seconds = time.monotonic() - self._started
-    speed = values.pop('count') / seconds
-    epoch = step / self._experiment.steps_per_epoch
-    entry: dict[str, Any] = values | {
-      'learning_rate': float(self._experiment.schedule(step - 1)),
-      'images_per_second': round(speed, 1),
-    }
-    self._report.log(step, epoch, 'train', entry)
-    self._report.advance(step, epoch, values['loss'], values['top1'], speed)
-    self._logged_step = step
-    self.restart()
-
-  def restart(self) -> None:
-    """Starts the clock and the sums anew, so that an evaluation's time does not count."""
-    self._sums = None
-    self._started = time.monotonic()
+  def _introduction(self, start: int) -> str:
+    devices = jax.devices()
+    verb = f'going on from step {start}' if start else 'starting'
+    return (
+      f'{self.folder.root}: {verb}, {self.total_steps} steps of {self.config.batch_size} '
+      f'images on {len(devices)} x {devices[0].device_kind}'
+    )

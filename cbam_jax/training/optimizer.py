@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import optax
 
 from cbam_jax.errors import check_choice
 
 SCHEDULES = ('step', 'cosine')
+DECAYS = ('all', 'kernels')
 
 
 def learning_rate_schedule(
@@ -50,10 +54,30 @@ def sgd(
   *,
   momentum: float = 0.9,
   weight_decay: float = 1e-4,
+  decay: str = 'all',
   nesterov: bool = False,
+  clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-  """SGD as PyTorch's: the decay joins the gradient before the momentum, on every parameter."""
+  """SGD as PyTorch's: the decay joins the gradient before the momentum.
+
+  Args:
+    learning_rate: A number, or a schedule.
+    momentum: Decay a step of the gradients' running sum; 0 for none.
+    weight_decay: Share of a parameter that joins its gradient.
+    decay: 'all' decays every parameter, as the paper does; 'kernels' leaves scales and biases.
+    nesterov: Whether the momentum looks ahead.
+    clip_norm: Global norm that the gradient is scaled down to, before the decay; None for none.
+
+  Raises:
+    UserError: On an unknown `decay`.
+  """
+  check_choice('the decay', decay, DECAYS)
   return optax.chain(
-    optax.add_decayed_weights(weight_decay),
+    optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
+    optax.add_decayed_weights(weight_decay, mask=None if decay == 'all' else _are_kernels),
     optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
   )
+
+
+def _are_kernels(params: Any) -> Any:
+  return jax.tree.map(lambda param: param.ndim > 1, params)

@@ -68,9 +68,12 @@ class Report:
       self._tensorboard.close()
       self._draw()
 
-  def advance(self, step: int, epoch: float, loss: float, top1: float, speed: float) -> None:
-    """Moves the progress bar."""
-    text = f'loss {loss:.3f}  top-1 {100 * top1:.1f} %  {speed:,.0f} images/s'
+  def advance(self, step: int, epoch: float, entry: dict[str, Any]) -> None:
+    """Moves the progress bar to `step`, with what was logged there."""
+    text = (
+      f'loss {entry["loss"]:.3f}  top-1 {100 * entry["top1"]:.1f} %  '
+      f'{entry["images_per_second"]:,.0f} images/s  input wait {entry["input_wait"]:.0f} %'
+    )
     self._progress.update(self._task, completed=step, epoch=epoch, metrics=text)
 
   def log(self, step: int, epoch: float, split: str, metrics: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -15,7 +16,15 @@ from cbam_jax.models.base import Classifier
 from cbam_jax.training.state import TrainState
 
 Metrics: TypeAlias = dict[str, jax.Array]
-"""Sums over examples, so that steps add up: 'loss', 'top1', 'top5' and 'count', all scalars."""
+"""Sums over examples, so that steps add up: 'loss', 'top1', 'top5' and 'count', all scalars.
+
+A training step adds its 'learning_rate', and in 'bad_steps' how many steps in a row up to now had
+a loss or gradient that is not finite."""
+
+SUMMED = ('loss', 'top1', 'top5', 'count')
+
+Mixing: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""From images (N, H, W, C), probabilities (N, classes) and a key to both of them mixed."""
 
 Normalize: TypeAlias = Callable[[jax.Array], jax.Array]
 
@@ -31,19 +40,22 @@ def normalizer(mean: Sequence[float], std: Sequence[float]) -> Normalize:
   return normalize
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   """The softmax cross entropy of each example, (N,), float32 at the least.
 
   Args:
     logits: (N, classes).
-    labels: Integers (N,).
-    smoothing: Probability spread evenly over all classes (Szegedy et al., CVPR 2016).
+    targets: Classes, integers (N,); or their probabilities, (N, classes).
   """
   logits = logits.astype(at_least_float32(logits.dtype))
-  if not smoothing:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-  return optax.softmax_cross_entropy(logits, optax.smooth_labels(one_hot, smoothing))
+  if targets.ndim == 1:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  return optax.softmax_cross_entropy(logits, targets)
+
+
+def smooth(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
+  """Probabilities (N, classes): `smoothing` spread over all classes (Szegedy et al., CVPR 2016)."""
+  return optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
 
 
 def sum_metrics(
@@ -61,47 +73,117 @@ def sum_metrics(
   }
 
 
+def means(sums: dict[str, Any]) -> dict[str, float]:
+  """What sums over examples come to for one example, beside their count."""
+  count = float(sums['count']) or math.nan
+  return {name: float(sums[name]) / count for name in ('loss', 'top1', 'top5')} | {
+    'count': int(sums['count'])
+  }
+
+
 def make_train_step(
   model: Classifier,
   optimizer: optax.GradientTransformation,
   normalize: Normalize,
+  learning_rate: optax.Schedule,
+  *,
   label_smoothing: float = 0.0,
+  mixing: Mixing | None = None,
+  accumulate: int = 1,
+  average_decay: float | None = None,
+  seed: int = 0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
   """The function from a state and a batch to the next state and the batch's metrics.
 
   The loss is the mean over the global batch; under a sharded `jit` the compiler reduces its
-  gradients over the devices.
+  gradients over the devices, once a step. A step whose loss or gradient is not finite changes
+  nothing but the counts of steps.
+
+  Args:
+    model: The network.
+    optimizer: Its optimizer.
+    normalize: From the batch's uint8 images to what the network takes.
+    learning_rate: The optimizer's schedule, to report its rate.
+    label_smoothing: Probability spread evenly over all classes.
+    mixing: Mixup or cutmix of every batch; None for neither.
+    accumulate: Parts that the batch is taken in, one after the other, to save memory; batch norm
+      sees a part at a time.
+    average_decay: Decay a step of the parameters' moving average; None if it is not kept.
+    seed: Seed of the step's own randomness, drawn anew at each step.
   """
 
-  def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-    images = normalize(batch['image'])
+  def mean_loss(
+    params: Any, batch_stats: Any, batch: dict[str, jax.Array], key: jax.Array
+  ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+    images, targets = normalize(batch['image']), batch['label']
+    if label_smoothing or mixing:
+      targets = smooth(targets, model.num_classes, label_smoothing)
+    if mixing:
+      images, targets = mixing(images, targets, key)
+    variables = {'params': params, 'batch_stats': batch_stats}
+    output = model.apply(variables, images, train=True, mutable=['batch_stats'])
+    # With `mutable`, apply returns a pair, which its type does not tell.
+    logits, updated = cast('tuple[jax.Array, dict[str, Any]]', output)
+    losses = cross_entropy(logits, targets)
+    metrics = sum_metrics(logits, losses, batch['label'], batch['mask'])
+    return jnp.mean(losses), (updated.get('batch_stats', {}), metrics)
 
-    def mean_loss(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
-      output = model.apply(
-        {'params': params, 'batch_stats': state.batch_stats},
-        images,
-        train=True,
-        mutable=['batch_stats'],
-      )
-      # With `mutable`, apply returns a pair, which its type does not tell.
-      logits, updated = cast('tuple[jax.Array, dict[str, Any]]', output)
-      losses = cross_entropy(logits, batch['label'], label_smoothing)
-      metrics = sum_metrics(logits, losses, batch['label'], batch['mask'])
-      return jnp.mean(losses), (updated.get('batch_stats', {}), metrics)
+  gradient = jax.grad(mean_loss, has_aux=True)
 
-    (_, (batch_stats, metrics)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(
-      state.params
+  def whole_gradient(
+    state: TrainState, batch: dict[str, jax.Array], key: jax.Array
+  ) -> tuple[Any, Any, Metrics]:
+    if accumulate == 1:
+      gradients, (batch_stats, metrics) = gradient(state.params, state.batch_stats, batch, key)
+      return gradients, batch_stats, metrics
+
+    # Every part takes its examples from all over the batch, so from every device alike.
+    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(key, accumulate)
+
+    def add_part(sums: Any, part: tuple[dict[str, jax.Array], jax.Array]) -> Any:
+      gradients, batch_stats, metrics = sums
+      new_gradients, (batch_stats, new_metrics) = gradient(state.params, batch_stats, *part)
+      gradients = jax.tree.map(lambda a, b: a + b / accumulate, gradients, new_gradients)
+      return (gradients, batch_stats, jax.tree.map(jnp.add, metrics, new_metrics)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    none = dict.fromkeys(SUMMED, jnp.zeros(()))
+    (gradients, batch_stats, metrics), _ = lax.scan(
+      add_part, (zeros, state.batch_stats, none), (parts, keys)
     )
+    return gradients, batch_stats, metrics
+
+  def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    gradients, batch_stats, metrics = whole_gradient(state, batch, key)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    state = state.replace(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average_decay is not None:
+      average = optax.incremental_update(params, average, 1 - average_decay)
+
+    finite = jnp.isfinite(metrics['loss']) & _all_finite(gradients)
+    changed = TrainState(
+      step=state.step,
+      params=params,
       batch_stats=batch_stats,
       opt_state=opt_state,
+      average=average,
+      bad_steps=jnp.zeros_like(state.bad_steps),
     )
-    return state, metrics
+    kept = state.replace(bad_steps=state.bad_steps + 1)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+    # A step that was passed over does not count in the means either.
+    metrics = jax.tree.map(lambda sums: jnp.where(finite, sums, 0), metrics)
+    metrics |= {'bad_steps': state.bad_steps, 'learning_rate': learning_rate(state.step)}
+    return state.replace(step=state.step + 1), metrics
 
   return train_step
+
+
+def _all_finite(tree: Any) -> jax.Array:
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def make_eval_step(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 
 from cbam_jax.errors import UserError
 from cbam_jax.training.config import default_config
+
+# What may change between two parts of a run: where and how data is read, not what it holds.
+FREE_KEYS = ('data.dir', 'data.workers', 'data.bad_share', 'model.remat')
 
 
 class Workdir:
@@ -32,12 +39,11 @@ class Workdir:
     self.checkpoints = self.root / 'checkpoints'
     self.curves_file = self.root / 'curves.png'
 
-  def claim(self, config: ml_collections.ConfigDict) -> None:
-    """Records `config` as this run's, unless the folder belongs to a run of another network.
+  def check(self, config: ml_collections.ConfigDict) -> None:
+    """Checks, before anything is written, that a run of `config` can go on in the folder.
 
     Raises:
-      UserError: If the folder's run has another network or data set (nothing is written then), or
-        if the folder cannot be made.
+      UserError: If the folder's run has another network or data set.
     """
     if '[' in str(self.root.absolute()):
       # It takes the name for a pattern, does not find what it has just written, and drops it.
@@ -45,24 +51,61 @@ class Workdir:
         f"the workdir is {str(self.root)!r}, but orbax loses checkpoints below a name with '['; "
         'choose another --workdir.'
       )
-    if self.config_file.exists():
-      before = self.config()
-      differences = [
-        f'{key} is {was!r} there, {now!r} here'
-        for key, was, now in _differences(before.to_dict(), config.to_dict())
-        if key.split('.')[0] in ('model', 'data') and key not in ('data.dir', 'data.workers')
-      ]
-      if differences:
+    if not self.config_file.exists():
+      return
+    differences = [
+      f'{key} is {was!r} there, {now!r} here'
+      for key, was, now in _differences(self.config().to_dict(), config.to_dict())
+      if key.split('.')[0] in ('model', 'data') and key not in FREE_KEYS
+    ]
+    if differences:
+      raise UserError(
+        f'{self.root} holds a run of another configuration: {"; ".join(differences)}. Choose '
+        'another --workdir, or the same configuration to go on with that run.'
+      )
+
+  def claim(self, config: ml_collections.ConfigDict) -> None:
+    """Records `config` as this run's, in a folder that is made if need be.
+
+    Raises:
+      UserError: If the folder's run has another network or data set (nothing is written then), or
+        if the folder cannot be made.
+    """
+    self.check(config)
+    self._make()
+    if jax.process_index() == 0:  # for all
+      _write_whole(self.config_file, json.dumps(config.to_dict(), indent=2) + '\n')
+
+  @contextlib.contextmanager
+  def locked(self) -> Iterator[None]:
+    """Makes the folder if need be, and holds it for this run until the end, however that comes.
+
+    Raises:
+      UserError: If another run holds it, or it cannot be made.
+    """
+    self._make()
+    if jax.process_index() != 0:
+      yield
+      return
+    with (self.root / '.lock').open('a+') as lock:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        lock.seek(0)
         raise UserError(
-          f'{self.root} holds a run of another configuration: {"; ".join(differences)}. Choose '
-          'another --workdir, or the same configuration to go on with that run.'
-        )
+          f'{self.root} is in use by another run ({lock.read().strip() or "unknown"}); wait for '
+          'it, stop it, or choose another --workdir.'
+        ) from None
+      lock.truncate(0)
+      lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+      lock.flush()
+      yield
+
+  def _make(self) -> None:
     try:
       self.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise UserError(f'{error}; choose a --workdir that can be made.') from error
-    text = json.dumps(config.to_dict(), indent=2) + '\n'
-    _write_whole(self.config_file, text)
 
   def config(self) -> ml_collections.ConfigDict:
     """The configuration that the run was started with.
@@ -100,6 +143,13 @@ class Workdir:
     """Drops what was logged after `step`, which a resumed run will log again."""
     lines = [json.dumps(entry) + '\n' for entry in self.metrics() if entry['step'] <= step]
     _write_whole(self.metrics_file, ''.join(lines))
+
+  def last_test(self, step: int) -> dict[str, Any] | None:
+    """The test metrics that were logged at `step`, if they were."""
+    for entry in self.metrics():
+      if entry['split'] == 'test' and entry['step'] == step:
+        return {name: entry[name] for name in ('loss', 'top1', 'top5', 'count')}
+    return None
 
 
 def _differences(

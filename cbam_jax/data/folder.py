@@ -1,0 +1,76 @@
+"""One's own pictures: a folder of classes, as torchvision's ImageFolder reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cbam_jax.data.records import Record
+from cbam_jax.errors import UserError
+
+SUFFIXES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'})
+
+# What others call the set that a network is tested on.
+SPLIT_FOLDERS = {'train': ('train',), 'test': ('test', 'val', 'validation')}
+
+
+class FolderSource:
+  """The pictures of `root/train/CLASS/` or `root/test/CLASS/` ('val' and 'validation' as well).
+
+  Attributes:
+    classes: Names of the classes, sorted; a label is the place of its class among them. They are
+      those of the training folder, whichever split is opened.
+    num_classes: How many there are.
+
+  Raises:
+    UserError: If a folder is missing, holds no class, or tests a class that is not trained.
+  """
+
+  def __init__(self, root: str | Path, split: str):
+    root = Path(root).expanduser()
+    self.classes = _classes(_split_folder(root, 'train'))
+    folder = _split_folder(root, split)
+    unknown = sorted(set(_classes(folder)) - set(self.classes))
+    if unknown:
+      raise UserError(
+        f'{folder} has classes that {root / "train"} has not: {", ".join(unknown[:5])}. Give both '
+        'the same class folders.'
+      )
+    self.num_classes = len(self.classes)
+    self._files = [
+      (str(path), label)
+      for label, name in enumerate(self.classes)
+      if (folder / name).is_dir()
+      for path in sorted((folder / name).rglob('*'))
+      if path.suffix.lower() in SUFFIXES
+    ]
+    if not self._files:
+      raise UserError(
+        f'{folder} holds no pictures; put them into one folder a class, with one of the suffixes '
+        f'{", ".join(sorted(SUFFIXES))}.'
+      )
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> Record:
+    path, label = self._files[index]
+    return {'image': Path(path).read_bytes(), 'label': label}
+
+  def name(self, index: int) -> str:
+    """The file of an example."""
+    return self._files[index][0]
+
+
+def _split_folder(root: Path, split: str) -> Path:
+  names = SPLIT_FOLDERS[split]
+  for name in names:
+    if (root / name).is_dir():
+      return root / name
+  raise UserError(
+    f'{root} has no folder {" or ".join(repr(name) for name in names)}; lay the pictures out as '
+    f'{root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, and name the root in --config.data.dir.'
+  )
+
+
+def _classes(folder: Path) -> list[str]:
+  return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())

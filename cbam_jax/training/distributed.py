@@ -1,0 +1,70 @@
+"""Several processes as one run: who they are, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from cbam_jax.errors import UserError
+
+# A process that is silent for so long is taken for dead, and the others end.
+HEARTBEAT_SECONDS = 60
+
+
+def initialize(
+  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+  """Joins the processes of a run; must come before anything else touches a device.
+
+  With nothing given, a TPU pod, Slurm, Open MPI and Kubernetes are found from the environment,
+  and without any of these the process is alone.
+
+  Args:
+    coordinator: 'HOST:PORT' of the first process, the same on all.
+    num_processes: How many there are.
+    process_id: This one's number, from 0.
+
+  Raises:
+    UserError: If only some of the three are given, or they do not fit each other.
+  """
+  given = {
+    '--coordinator': coordinator,
+    '--num-processes': num_processes,
+    '--process-id': process_id,
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if 0 < len(missing) < len(given):
+    raise UserError(
+      f'{" and ".join(missing)} must be given too: processes need all of {", ".join(given)}, or '
+      'none of them where the cluster tells.'
+    )
+  if num_processes is not None and process_id is not None:
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+      raise UserError(
+        f'--process-id is {process_id} of --num-processes={num_processes}; number the processes '
+        'from 0 to one less than their count.'
+      )
+    if ':' not in str(coordinator):
+      raise UserError(
+        f'--coordinator is {coordinator!r}; give HOST:PORT of the first process, such as '
+        '10.0.0.1:1234.'
+      )
+  try:
+    jax.distributed.initialize(
+      coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    )
+  except ValueError:
+    # JAX found no cluster around this process.
+    if missing:
+      return
+    raise
+
+
+def leave(status: int) -> None:
+  """Ends this process at once with `status`.
+
+  After a failure the ordinary way out would wait for the others at a barrier, for minutes; they
+  end as soon as they miss this process.
+  """
+  os._exit(status)

@@ -1,0 +1,88 @@
+"""The commands as a person starts them, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from cbam_jax.models import create_model, summary
+
+ROOT = Path(__file__).resolve().parents[2]
+CBAM_JAX = ('-c', 'import sys; from cbam_jax.cli import main; sys.exit(main())')
+
+
+def python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+  """Runs Python on one CPU device, beside this project's code."""
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_backend_optimization_level=0',  # compiling takes longest
+    'PYTHONPATH': str(ROOT),
+    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+  }
+  return subprocess.run(
+    [sys.executable, *map(str, arguments)],
+    cwd=cwd,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def test_train_then_evaluate(tmp_path):
+  workdir = tmp_path / 'run'
+  trained = python(
+    'train.py',
+    '--config=configs/digits.py',
+    f'--workdir={workdir}',
+    '--config.epochs=1',
+    '--config.model.fields.width=0.125',
+  )
+  assert trained.returncode == 0, trained.stderr
+  assert 'starting, 22 steps of 64 images on 1 x cpu' in trained.stdout
+  assert {path.name for path in workdir.iterdir()} > {
+    'checkpoints',
+    'config.json',
+    'curves.png',
+    'metrics.jsonl',
+  }
+  logged = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert [(entry['step'], entry['split']) for entry in logged] == [(22, 'train'), (22, 'test')]
+
+  evaluated = python(*CBAM_JAX, 'evaluate', '--workdir', workdir, '--json')
+  assert evaluated.returncode == 0, evaluated.stderr
+  result = json.loads(evaluated.stdout)
+  assert result['count'] == 360
+  for key in ('step', 'loss', 'top1', 'top5'):
+    assert result[key] == pytest.approx(logged[1][key], rel=1e-6)
+
+
+def test_models_needs_no_extra(tmp_path):
+  """The networks' table, where whatever comes with an extra cannot be imported."""
+  missing = (
+    'grain',
+    'matplotlib',
+    'ml_collections',
+    'PIL',
+    'pycocotools',
+    'sklearn',
+    'tensorboardX',
+    'tensorflow',
+    'tensorflow_datasets',
+    'torch',
+  )
+  code = (
+    f'import sys; sys.modules.update(dict.fromkeys({missing}))\n'
+    'from cbam_jax.cli import main\n'
+    'sys.exit(main())'
+  )
+  listed = python('-c', code, 'models', 'resnet18', '--image-size=64', '--json', cwd=tmp_path)
+  assert listed.returncode == 0, listed.stderr
+  entries = json.loads(listed.stdout)
+  for entry, attention in zip(entries, ('none', 'cbam'), strict=True):
+    counts = summary(create_model('resnet18', attention=attention), 64)
+    assert (entry['attention'], entry['params']) == (attention, counts.params)
