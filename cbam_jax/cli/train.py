@@ -24,13 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--workdir', required=True, metavar='DIR', help='where the run is kept; resumes if it exists'
   )
+  processes = parser.add_argument_group(
+    'several processes', 'A TPU pod, Slurm and Open MPI tell by themselves; anything else needs:'
+  )
+  processes.add_argument('--coordinator', metavar='HOST:PORT', help='of the first process')
+  processes.add_argument('--num-processes', type=int, metavar='N', help='how many there are')
+  processes.add_argument('--process-id', type=int, metavar='I', help="this one's number, from 0")
 
 
 def run(arguments: argparse.Namespace) -> None:
   """Trains, or goes on training."""
   from cbam_jax.training import train
+  from cbam_jax.training.distributed import joined
 
-  train(load_config(arguments.config, arguments.overrides), arguments.workdir)
+  with joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
+    train(load_config(arguments.config, arguments.overrides), arguments.workdir)
 
 
 def load_config(file: str, overrides: Sequence[str] = ()) -> ConfigDict:

@@ -9,8 +9,8 @@ import numpy as np
 
 from cbam_jax.errors import require
 
-# Pictures are moved and turned over this grey, the mean of ImageNet.
-FILL = (124, 116, 104)
+# Pictures are moved and turned over the mean of ImageNet's, or over its grey.
+FILLS = {'RGB': (124, 116, 104), 'L': 117}
 
 
 def randaugment(
@@ -19,7 +19,7 @@ def randaugment(
   """Applies `operations` drawn at random, each at `magnitude` of 10 (sign at random).
 
   Args:
-    image: uint8 RGB (H, W, 3).
+    image: uint8 (H, W, 3), or (H, W, 1) if grey.
     rng: Source of the draws.
     operations: How many are applied, one after the other.
     magnitude: Strength, 0 to 10.
@@ -28,12 +28,14 @@ def randaugment(
     The image, of the same shape and type.
   """
   pillow = require('PIL.Image', 'train')
-  picture = pillow.fromarray(image)
+  grey = image.shape[-1] == 1
+  picture = pillow.fromarray(image[..., 0] if grey else image)
   for choice in rng.integers(len(OPERATIONS), size=operations):
     strength = magnitude / 10
     sign = 1 if rng.random() < 0.5 else -1
     picture = OPERATIONS[choice](picture, strength, sign)
-  return np.asarray(picture)
+  result = np.asarray(picture)
+  return result[..., None] if grey else result
 
 
 def _enhance(name: str) -> Callable[[Any, float, int], Any]:
@@ -55,7 +57,11 @@ def _affine(*rows: float) -> Callable[[Any, float, int], Any]:
     identity = (1, 0, 0, 0, 1, 0)
     matrix = [one + move for one, move in zip(identity, moved, strict=True)]
     return picture.transform(
-      picture.size, pillow.Transform.AFFINE, matrix, pillow.Resampling.BILINEAR, fillcolor=FILL
+      picture.size,
+      pillow.Transform.AFFINE,
+      matrix,
+      pillow.Resampling.BILINEAR,
+      fillcolor=FILLS[picture.mode],
     )
 
   return apply
@@ -63,7 +69,9 @@ def _affine(*rows: float) -> Callable[[Any, float, int], Any]:
 
 def _rotate(picture: Any, strength: float, sign: int) -> Any:
   pillow = require('PIL.Image', 'train')
-  return picture.rotate(30 * strength * sign, pillow.Resampling.BILINEAR, fillcolor=FILL)
+  return picture.rotate(
+    30 * strength * sign, pillow.Resampling.BILINEAR, fillcolor=FILLS[picture.mode]
+  )
 
 
 def _ops(name: str, *fixed: Any) -> Callable[[Any, float, int], Any]:

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from cbam_jax.data.randaugment import randaugment
 from cbam_jax.errors import check_choice, require
 
 Transform: TypeAlias = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -96,13 +97,19 @@ def _crop_flip(image: np.ndarray, rng: np.random.Generator, size: int) -> np.nda
   return random_flip(random_resized_crop(image, rng, size), rng)
 
 
+def _crop_flip_randaugment(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+  return randaugment(_crop_flip(image, rng, size), rng)
+
+
 AUGMENTATIONS: dict[str, Callable[..., np.ndarray]] = {
   'none': _none,
   'shift': _shift,
   'shift_flip': _shift_flip,
   'crop_flip': _crop_flip,
+  'crop_flip_randaugment': _crop_flip_randaugment,
 }
-"""By name: 'shift' moves by up to an 8th of the side, 'crop_flip' is ImageNet's."""
+"""By name: 'shift' moves by up to an 8th of the side, 'crop_flip' is ImageNet's, the last adds
+RandAugment to it."""
 
 
 def train_transform(augmentation: str, size: int) -> Transform:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 
 import jax
 
@@ -12,10 +15,11 @@ from cbam_jax.errors import UserError
 HEARTBEAT_SECONDS = 60
 
 
-def initialize(
+@contextlib.contextmanager
+def joined(
   coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
-) -> None:
-  """Joins the processes of a run; must come before anything else touches a device.
+) -> Iterator[None]:
+  """A context in which this process is one of a run's; nothing may touch a device before it.
 
   With nothing given, a TPU pod, Slurm, Open MPI and Kubernetes are found from the environment,
   and without any of these the process is alone.
@@ -55,16 +59,15 @@ def initialize(
       coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
     )
   except ValueError:
-    # JAX found no cluster around this process.
-    if missing:
-      return
-    raise
-
-
-def leave(status: int) -> None:
-  """Ends this process at once with `status`.
-
-  After a failure the ordinary way out would wait for the others at a barrier, for minutes; they
-  end as soon as they miss this process.
-  """
-  os._exit(status)
+    if not missing:
+      raise
+    # JAX found no cluster around this process: it is alone.
+  try:
+    yield
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    # The ordinary way out would wait for the others at a barrier, for minutes; they end as soon
+    # as they miss this process.
+    print(f'process {jax.process_index()}: {error}', file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(2 if isinstance(error, UserError) else 1)

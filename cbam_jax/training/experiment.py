@@ -77,7 +77,7 @@ class Experiment:
         f'data.mean is {data.mean} but the images of {data.name} have {channels} channels; give '
         'one number a channel in data.mean and in data.std.'
       )
-    cropped = data.augmentation == 'crop_flip' if split == 'train' else data.resized_side
+    cropped = 'crop' in data.augmentation if split == 'train' else data.resized_side
     if not cropped and not height == width == data.image_size:
       remedy = 'data.augmentation=crop_flip' if split == 'train' else 'data.resized_side'
       raise UserError(

@@ -62,6 +62,8 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 def to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
   """The global batch of which each process gives its own share, on the devices."""
   sharding = split_over_devices(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
-  }
+  # The one transfer that a step asks for; the loop forbids all others.
+  with jax.transfer_guard_host_to_device('allow'):
+    return {
+      name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
+    }

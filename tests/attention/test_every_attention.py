@@ -85,6 +85,29 @@ def test_float64(make, x64):
   assert jax.eval_shape(lambda v: module.apply(v, x, train=False), variables).dtype == jnp.float64
 
 
+# A batch norm takes out what these biases of BAM add.
+WITHOUT_GRADIENT = {'channel/fc1', 'spatial/reduce', 'spatial/conv1', 'spatial/conv2'}
+
+
+@pytest.mark.parametrize('make', [CBAM, functools.partial(CBAM, order='parallel'), BAM])
+def test_every_parameter_has_a_gradient(make, x64):
+  module = small(make, param_dtype=jnp.float64)
+  x, weights = random_features((4, 6, 6, 8)), random_features((4, 6, 6, 8), seed=2)
+  variables = random_variables(module, x, train=True)
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    y, _ = module.apply({**variables, 'params': params}, x, train=True, mutable=['batch_stats'])
+    return jnp.sum(y * weights)
+
+  for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(variables['params'])):
+    *where, last = (part.key for part in path)
+    assert np.all(np.isfinite(leaf))
+    vanishes = last == 'bias' and '/'.join(where) in WITHOUT_GRADIENT
+    assert (np.linalg.norm(leaf) < 1e-10) == vanishes, path
+
+
 @functools.cache
 def compiled(make):
   """The module in evaluation as a jitted function of a seed for its variables, and features."""

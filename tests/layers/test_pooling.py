@@ -90,18 +90,16 @@ class Gated(nn.Module):
     return nn.relu(self.attention(y, train=True))
 
 
-# With jnp.max in place of max_over_axis, gradients are 1 to 12 % off at these shapes (jax 0.10.2,
+# With jnp.max in place of max_over_axis, gradients are 2 to 8 % off at these shapes (jax 0.10.2,
 # x86). Not every shape shows it.
 @pytest.mark.parametrize(
   ('attention', 'side', 'inputs', 'features'),
   [
     (CBAM, 7, 64, 256),
-    (CBAM, 28, 16, 64),
-    (functools.partial(CBAM, order='parallel'), 7, 64, 256),
     (ChannelAttention, 7, 64, 256),
-    (SpatialAttention, 7, 64, 256),
+    (SpatialAttention, 7, 16, 64),
   ],
-  ids=['cbam', 'cbam_28', 'parallel', 'channel', 'spatial'],
+  ids=['cbam', 'channel', 'spatial'],
 )
 def test_gradients_under_jit_are_those_without(attention, side, inputs, features, x64):
   module = Gated(attention(param_dtype=jnp.float64), features)
