@@ -90,18 +90,11 @@ class Gated(nn.Module):
     return nn.relu(self.attention(y, train=True))
 
 
-# With jnp.max in place of max_over_axis, gradients are 2 to 8 % off at these shapes (jax 0.10.2,
-# x86). Not every shape shows it.
-@pytest.mark.parametrize(
-  ('attention', 'side', 'inputs', 'features'),
-  [
-    (CBAM, 7, 64, 256),
-    (ChannelAttention, 7, 64, 256),
-    (SpatialAttention, 7, 16, 64),
-  ],
-  ids=['cbam', 'channel', 'spatial'],
-)
-def test_gradients_under_jit_are_those_without(attention, side, inputs, features, x64):
+# With jnp.max in place of max_over_axis, gradients are 3 % off at this shape (jax 0.10.2, x86).
+# Not every shape shows it: 8x8 and 16 to 64 features do not.
+@pytest.mark.parametrize('attention', [CBAM, ChannelAttention, SpatialAttention])
+def test_gradients_under_jit_are_those_without(attention, x64):
+  side, inputs, features = 7, 64, 256
   module = Gated(attention(param_dtype=jnp.float64), features)
   x = random_features((3, side, side, inputs))
   weights = random_features((3, side, side, features), seed=2)
