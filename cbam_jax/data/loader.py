@@ -64,7 +64,9 @@ class _Examples:
       epoch, place = divmod(place, size // self.batch_size * self.batch_size)
       index, real = int(_permutation(self.seed, epoch, size)[place]), True
     image, label, bad = self._next_good(epoch, index)
-    if self.seed is None and bad:
+    if not real:
+      bad = 0  # a filler was counted in its own place
+    elif self.seed is None and bad:
       real = False  # an evaluation counts no image twice
     return {
       'image': image,
@@ -86,7 +88,9 @@ class _Examples:
       try:
         record = self.source[at]
         return self.transform(decode(record['image']), rng), record['label'], bad
-      except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises on damaged files
+      except UserError:
+        raise
+      except Exception as error:  # Pillow raises nearly anything on a damaged file
         reason = error
     raise RunError(
       f'{MOST_BAD_IN_A_ROW} images in a row from number {index} on cannot be read (the last: '

@@ -68,11 +68,7 @@ def random_shift(image: np.ndarray, rng: np.random.Generator, padding: int) -> n
 
 
 def centre_crop(image: np.ndarray, size: int, resized_side: int) -> np.ndarray:
-  """The shorter side resized to `resized_side`, then the central `size` x `size`.
-
-  Raises:
-    UserError: If `size` is larger than `resized_side` (the configuration checks it).
-  """
+  """The shorter side resized to `resized_side`, of at least `size`, then the central square."""
   height, width, _ = image.shape
   scale = resized_side / min(height, width)
   h, w = max(resized_side, int(height * scale)), max(resized_side, int(width * scale))

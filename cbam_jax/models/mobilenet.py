@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -130,7 +131,7 @@ class MobileNetV1(Classifier):
   width: float = 1.0
 
   def __post_init__(self) -> None:
-    if not (isinstance(self.width, (int, float)) and int(32 * self.width) >= 1):
+    if not (isinstance(self.width, (int, float)) and 1 <= 32 * self.width < math.inf):
       raise UserError(
         f'width is {self.width!r}; it multiplies the 32 channels of the stem and must leave at '
         'least one. The paper uses 1.0 and 0.7.'

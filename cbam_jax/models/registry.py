@@ -87,7 +87,7 @@ def create_model(name: str, *, attention: str | LayerFactory = 'none', **fields:
   if attention == 'none':
     return make(**fields)
   factory = _complete(factory, fields)
-  slot = 'stage_attention' if _unwrapped(factory) is BAM else 'attention'
+  slot = 'stage_attention' if isinstance(factory(name='attention'), BAM) else 'attention'
   if slot in fields:
     raise UserError(f'both attention={attention!r} and {slot}=... were given; give one of them.')
   return make(**fields, **{slot: factory})
@@ -117,7 +117,7 @@ def named_attention(name: str, **fields: Any) -> LayerFactory | None:
 
 def _complete(attention: Any, fields: dict[str, Any]) -> LayerFactory:
   """`attention` with the network's types and groups, checked to make what a block can call."""
-  if not callable(attention):
+  if not callable(attention) or isinstance(attention, nn.Module):
     raise UserError(
       f'the attention is {attention!r}; give one of {", ".join(ATTENTIONS)}, or a callable that '
       'makes a linen module, such as functools.partial(CBAM, reduction=8).'
@@ -132,7 +132,16 @@ def _complete(attention: Any, fields: dict[str, Any]) -> LayerFactory:
   }
   if shared:
     attention = functools.partial(attention, **shared)
-  _check_module(attention(name='attention'))
+  try:
+    module = attention(name='attention')
+  except UserError:
+    raise
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      f'the attention {attention!r} cannot be made ({error}); give the class of a linen module, a '
+      'partial of one that sets all the fields it needs, or a callable without arguments.'
+    ) from error
+  _check_module(module)
   return attention
 
 
@@ -177,5 +186,8 @@ def _field_names(factory: Any) -> set[str]:
 
 
 def _takes(function: Callable[..., Any], argument: str) -> bool:
-  parameters = inspect.signature(function).parameters.values()
+  try:
+    parameters = inspect.signature(function).parameters.values()
+  except ValueError:  # a partial with arguments that its function does not take: calling it tells
+    return True
   return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,7 +165,7 @@ class ResNet(Classifier):
   stride_in_1x1: bool = False
 
   def __post_init__(self) -> None:
-    if not (isinstance(self.width, (int, float)) and int(64 * self.width) >= 1):
+    if not (isinstance(self.width, (int, float)) and 1 <= 64 * self.width < math.inf):
       raise UserError(
         f'width is {self.width!r}; it multiplies the 64 channels of the first stage and must leave '
         'at least one. The paper uses 1.0, 1.5 and 2.0.'

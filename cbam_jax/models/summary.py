@@ -68,8 +68,13 @@ def summary(model: Classifier, image_size: int = 224, channels: int = 3) -> Summ
     The counts, as Python integers.
 
   Raises:
-    UserError: If `image_size` or `channels` is under 1.
+    UserError: If `model` is another module, or `image_size` or `channels` is under 1.
   """
+  if not isinstance(model, Classifier):
+    raise UserError(
+      f'summary got {type(model).__name__}; it takes a network of create_model, whose stages it '
+      'tells apart.'
+    )
   if image_size < 1 or channels < 1:
     raise UserError(
       f'an image of side {image_size} and {channels} channels has no pixels; both must be at '

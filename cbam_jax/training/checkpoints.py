@@ -24,11 +24,16 @@ class Checkpoints:
   """The checkpoints of one run, numbered by step; a context that waits for pending writes.
 
   Attributes:
-    directory: The folder that holds them. Damaged ones are moved to `damaged/` in it.
+    directory: The folder that holds them. Damaged ones are moved to `damaged/` beside it.
   """
 
   def __init__(
-    self, directory: Path, keep: int = 2, say: Callable[[str], None] = lambda text: None
+    self,
+    directory: Path,
+    keep: int = 2,
+    say: Callable[[str], None] = lambda text: None,
+    *,
+    read_only: bool = False,
   ):
     """Opens `directory`, which is made if need be.
 
@@ -36,10 +41,17 @@ class Checkpoints:
       directory: The folder.
       keep: How many of the latest are kept, beside the best.
       say: Told of every damaged checkpoint.
+      read_only: Whether to leave everything as it is, for a run may be writing there.
+
+    Raises:
+      UserError: If `directory` is to be read only and is not there.
     """
     self.directory = directory.absolute()
     self._say = say
-    self._leave_out_unreadable()
+    if not read_only:
+      self._leave_out_unreadable()
+    elif not self.directory.is_dir():
+      raise self._nothing_evaluated()
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
@@ -51,8 +63,10 @@ class Checkpoints:
             policies.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False),
           ]
         ),
+        read_only=read_only,
+        create=not read_only,
         # What a killed process left half written.
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
       ),
     )
 
@@ -82,6 +96,7 @@ class Checkpoints:
       state: What to save.
       step: Its step.
       metrics: Its test metrics, of which 'top1' tells the best; None if it was not evaluated.
+        A checkpoint of this step is replaced.
 
     Raises:
       RunError: If this or an earlier checkpoint could not be written.
@@ -90,7 +105,11 @@ class Checkpoints:
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), check=ocp.args.JsonSave(check))
     try:
       self._manager.check_for_errors()
-      self._manager.save(step, args=items, metrics=metrics)
+      # The guard that the loop keeps is against transfers by mistake.
+      with jax.transfer_guard('allow'):
+        if step in self._manager.all_steps():
+          self._manager.delete(step)
+        self._manager.save(step, args=items, metrics=metrics)
     except Exception as error:
       raise self._cannot_write(error) from error
 
@@ -118,10 +137,7 @@ class Checkpoints:
     """
     step = self._manager.best_step()
     if step is None:
-      raise UserError(
-        f'{self.directory} holds no evaluated checkpoint; train first (cbam-jax train), or name '
-        'the workdir of a run that has saved one.'
-      )
+      raise self._nothing_evaluated()
     return step
 
   def restore(self, step: int, like: TrainState) -> TrainState:
@@ -137,7 +153,10 @@ class Checkpoints:
     restored = self._manager.restore(step, args=items)
     state: TrainState = restored['state']
     if int(jax.device_get(fingerprint(state))) != restored['check']['fingerprint']:
-      raise RunError('its arrays are not those that were saved')
+      raise RunError(
+        f'checkpoint {step} in {self.directory} does not hold the arrays that were saved; go on '
+        'with the training, which takes an older one, or restore it from a backup.'
+      )
     return state
 
   def restore_newest(self, like: TrainState) -> tuple[TrainState, int] | None:
@@ -186,6 +205,12 @@ class Checkpoints:
       shutil.rmtree(aside, ignore_errors=True)
       aside.parent.mkdir(exist_ok=True)
       shutil.move(checkpoint, aside)
+
+  def _nothing_evaluated(self) -> UserError:
+    return UserError(
+      f'{self.directory} holds no evaluated checkpoint; train first (cbam-jax train), or name the '
+      'workdir of a run that has saved one.'
+    )
 
   def _cannot_write(self, error: Exception) -> RunError:
     return RunError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 
 import jax
 
-from cbam_jax.errors import UserError
+from cbam_jax.errors import RunError, UserError
 
 # A process that is silent for so long is taken for dead, and the others end.
 HEARTBEAT_SECONDS = 60
@@ -58,10 +59,12 @@ def joined(
     jax.distributed.initialize(
       coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
     )
-  except ValueError:
-    if not missing:
+  except (RuntimeError, ValueError) as error:
+    alone = 'coordinator_address' in str(error)
+    already = 'must be called before' in str(error)
+    if not missing or not (alone or already):
       raise
-    # JAX found no cluster around this process: it is alone.
+    # JAX found no cluster around this process, or the caller has set up its devices already.
   try:
     yield
   except Exception as error:
@@ -69,5 +72,9 @@ def joined(
       raise
     # The ordinary way out would wait for the others at a barrier, for minutes; they end as soon
     # as they miss this process.
-    print(f'process {jax.process_index()}: {error}', file=sys.stderr, flush=True)  # noqa: T201
+    if not isinstance(error, (UserError, RunError)):
+      traceback.print_exc()
+    print(f'process {jax.process_index()}: {error}', file=sys.stderr)  # noqa: T201
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(2 if isinstance(error, UserError) else 1)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import ml_collections
+
 from cbam_jax.training.checkpoints import Checkpoints
 from cbam_jax.training.experiment import Experiment
 from cbam_jax.training.workdir import Workdir
@@ -19,8 +22,18 @@ def evaluate(workdir: str) -> dict[str, Any]:
     UserError: If the folder holds no run, or the run has no checkpoint yet.
   """
   folder = Workdir(workdir)
-  experiment = Experiment(folder.config())
-  with Checkpoints(folder.checkpoints) as checkpoints:
+  experiment = Experiment(_for_evaluation(folder.config()))
+  with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
     step = checkpoints.best_step()
     state = checkpoints.restore(step, experiment.abstract_state)
   return {'step': step, **(experiment.evaluate(state.variables) or {})}
+
+
+def _for_evaluation(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """`config` without what only training asks of the devices, which may be others here."""
+  devices = jax.device_count()
+  batch_size = -(config.eval_batch_size // -devices) * devices
+  config.update(batch_size=batch_size, eval_batch_size=batch_size, accumulate=1)
+  config.mesh.fsdp = 1
+  config.model.group_size = None
+  return config

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from cbam_jax.data import Batch, train_batches
-from cbam_jax.errors import RunError
+from cbam_jax.errors import RunError, UserError
 from cbam_jax.training.checkpoints import Checkpoints
 from cbam_jax.training.experiment import Experiment
 from cbam_jax.training.interruption import Interruption
@@ -87,7 +87,14 @@ class _Run:
       # The run was interrupted between the step and the end of its evaluation.
       result = self._evaluate(state, start)
       if result is None:
+        self._stop(state, start)
         return None
+      self.checkpoints.save(state, start, result)
+    if start > self.total_steps:
+      raise UserError(
+        f'{self.folder.root} has taken {start} steps already, more than the {self.total_steps} of '
+        f'epochs={self.config.epochs:g}; raise epochs, or choose another --workdir.'
+      )
     if start == self.total_steps:
       self.report.say(f'The run is complete: all {start} steps were taken.')
       return result

@@ -163,6 +163,9 @@ def make_train_step(
     if average_decay is not None:
       average = optax.incremental_update(params, average, 1 - average_decay)
 
+    # The schedule counts the steps that were not passed over.
+    count = optax.tree_utils.tree_get(state.opt_state, 'count', state.step)
+    rate = learning_rate(count)
     finite = jnp.isfinite(metrics['loss']) & _all_finite(gradients)
     changed = TrainState(
       step=state.step,
@@ -176,7 +179,7 @@ def make_train_step(
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
     # A step that was passed over does not count in the means either.
     metrics = jax.tree.map(lambda sums: jnp.where(finite, sums, 0), metrics)
-    metrics |= {'bad_steps': state.bad_steps, 'learning_rate': learning_rate(state.step)}
+    metrics |= {'bad_steps': state.bad_steps, 'learning_rate': rate}
     return state.replace(step=state.step + 1), metrics
 
   return train_step

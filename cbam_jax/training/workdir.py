@@ -17,7 +17,11 @@ import ml_collections
 from cbam_jax.errors import UserError
 from cbam_jax.training.config import default_config
 
-# What may change between two parts of a run: where and how data is read, not what it holds.
+# What may not change between two parts of a run: the network, the data and their order, and what
+# else gives the state its shape.
+FIXED_KEYS = ('model.', 'data.', 'seed', 'batch_size', 'average_decay', 'optimizer.decay')
+
+# Where and how data is read may, and how memory is used.
 FREE_KEYS = ('data.dir', 'data.workers', 'data.bad_share', 'model.remat')
 
 
@@ -56,7 +60,7 @@ class Workdir:
     differences = [
       f'{key} is {was!r} there, {now!r} here'
       for key, was, now in _differences(self.config().to_dict(), config.to_dict())
-      if key.split('.')[0] in ('model', 'data') and key not in FREE_KEYS
+      if key.startswith(FIXED_KEYS) and key not in FREE_KEYS
     ]
     if differences:
       raise UserError(
