@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbam_jax.errors import UserError
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def max_over_axis(x: jax.Array, axis: int) -> jax.Array:
@@ -37,5 +39,13 @@ def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.A
   """The maximum over square windows of `x` (N, H, W, C); padding counts as minus infinity.
 
   Its derivative selects one element of each window, so it is by position already.
+
+  Raises:
+    UserError: If `x` is smaller than a window, which would leave nothing.
   """
+  if min(x.shape[1:3]) + 2 * padding < window:
+    raise UserError(
+      f'features of {x.shape[1]}x{x.shape[2]} are too small for a pool of {window}x{window}; feed '
+      'larger images, such as 32x32 or more for VGG16.'
+    )
   return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)

@@ -138,8 +138,9 @@ def _complete(attention: Any, fields: dict[str, Any]) -> LayerFactory:
     raise
   except (TypeError, ValueError) as error:
     raise UserError(
-      f'the attention {attention!r} cannot be made ({error}); give the class of a linen module, a '
-      'partial of one that sets all the fields it needs, or a callable without arguments.'
+      f'the attention {attention!r} cannot be made ({error}); give the class of a linen module '
+      'called with (x, *, train), a partial of one that sets all the fields it needs, or a '
+      'callable without arguments.'
     ) from error
   _check_module(module)
   return attention
