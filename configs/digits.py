@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn ships: a small CBAM ResNet-18, a minute or two on a laptop."""
+"""The handwritten digits that scikit-learn ships: a small CBAM ResNet-18, a minute or two."""
 
 import ml_collections
 
