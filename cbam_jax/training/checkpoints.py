@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,30 +9,37 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax import lax
 from orbax.checkpoint import checkpoint_managers as policies
 
-from cbam_jax.errors import RunError, UserError
+from cbam_jax.errors import RunError
+from cbam_jax.training.distributed import from_first, wait_for_all
 from cbam_jax.training.state import TrainState
+from cbam_jax.training.stored import (
+  CHECK,
+  METRICS,
+  STATE,
+  CheckpointError,
+  best_step,
+  fingerprint,
+  first_line,
+  read_metrics,
+  remedy,
+  restore,
+)
 
 
 class Checkpoints:
   """The checkpoints of one run, numbered by step; a context that waits for pending writes.
+
+  All processes of a run must make the same calls.
 
   Attributes:
     directory: The folder that holds them. Damaged ones are moved to `damaged/` beside it.
   """
 
   def __init__(
-    self,
-    directory: Path,
-    keep: int = 2,
-    say: Callable[[str], None] = lambda text: None,
-    *,
-    read_only: bool = False,
+    self, directory: Path, keep: int = 2, say: Callable[[str], None] = lambda text: None
   ):
     """Opens `directory`, which is made if need be.
 
@@ -41,32 +47,21 @@ class Checkpoints:
       directory: The folder.
       keep: How many of the latest are kept, beside the best.
       say: Told of every damaged checkpoint.
-      read_only: Whether to leave everything as it is, for a run may be writing there.
-
-    Raises:
-      UserError: If `directory` is to be read only and is not there.
     """
     self.directory = directory.absolute()
     self._say = say
-    if not read_only:
-      self._leave_out_unreadable()
-    elif not self.directory.is_dir():
-      raise self._nothing_evaluated()
+    self._leave_out_unreadable()
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        best_fn=_top1,
-        keep_checkpoints_without_metrics=False,
         preservation_policy=policies.AnyPreservationPolicy(
           [
             policies.LatestN(keep),
             policies.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False),
           ]
         ),
-        read_only=read_only,
-        create=not read_only,
         # What a killed process left half written.
-        cleanup_tmp_directories=not read_only,
+        cleanup_tmp_directories=True,
       ),
     )
 
@@ -94,22 +89,28 @@ class Checkpoints:
 
     Args:
       state: What to save.
-      step: Its step.
+      step: Its step, after all that are saved. A checkpoint of this very step is left as it is,
+        and only given the metrics.
       metrics: Its test metrics, of which 'top1' tells the best; None if it was not evaluated.
-        A checkpoint of this step is replaced.
 
     Raises:
       RunError: If this or an earlier checkpoint could not be written.
     """
-    check = {'fingerprint': int(jax.device_get(fingerprint(state)))}
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), check=ocp.args.JsonSave(check))
     try:
       self._manager.check_for_errors()
       # The guard that the loop keeps is against transfers by mistake.
       with jax.transfer_guard('allow'):
         if step in self._manager.all_steps():
-          self._manager.delete(step)
-        self._manager.save(step, args=items, metrics=metrics)
+          self._add_metrics(step, metrics)
+          return
+        check = {'fingerprint': int(jax.device_get(fingerprint(state)))}
+        items: dict[str, Any] = {
+          STATE: ocp.args.StandardSave(state),
+          CHECK: ocp.args.JsonSave(check),
+        }
+        if metrics is not None:
+          items[METRICS] = ocp.args.JsonSave(metrics)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
     except Exception as error:
       raise self._cannot_write(error) from error
 
@@ -135,44 +136,35 @@ class Checkpoints:
     Raises:
       UserError: If there is no checkpoint with test metrics.
     """
-    step = self._manager.best_step()
-    if step is None:
-      raise self._nothing_evaluated()
-    return step
+    return best_step(self.directory)
 
   def restore(self, step: int, like: TrainState) -> TrainState:
     """The state saved at `step`, with the shapes, types and shardings of `like`.
 
     Raises:
-      RunError: If what is read is not what was written.
+      CheckpointError: If what is read is not what was written.
     """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    items = ocp.args.Composite(
-      state=ocp.args.StandardRestore(abstract), check=ocp.args.JsonRestore()
-    )
-    restored = self._manager.restore(step, args=items)
-    state: TrainState = restored['state']
-    if int(jax.device_get(fingerprint(state))) != restored['check']['fingerprint']:
-      raise RunError(
-        f'checkpoint {step} in {self.directory} does not hold the arrays that were saved; go on '
-        'with the training, which takes an older one, or restore it from a backup.'
-      )
-    return state
+    return restore(self.directory / str(step), like)
 
   def restore_newest(self, like: TrainState) -> tuple[TrainState, int] | None:
-    """The newest checkpoint that can be read and its step; None if there is none at all.
+    """The newest checkpoint that all processes can read and its step; None if there is none.
 
-    Those that cannot are named, and moved to `damaged/` once an older one has been read.
+    Those that cannot be read are named, and moved to `damaged/` once an older one has been read.
 
     Raises:
       RunError: If there are checkpoints but none can be read.
     """
     failures: dict[int, str] = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    while True:
+      # A shared disk may show the processes different folders for a while: the first one's count.
+      left = set(self._manager.all_steps()) - failures.keys()
+      step = from_first(max(left, default=-1))
+      if step < 0:
+        break
       try:
         state = self.restore(step, like)
-      except Exception as error:
-        failures[step] = _first_line(error)
+      except CheckpointError as error:
+        failures[step] = error.reason
         continue
       for damaged, reason in failures.items():
         self._say(
@@ -180,24 +172,33 @@ class Checkpoints:
         )
         self._set_aside(self.directory / str(damaged))
       if failures:
+        wait_for_all('damaged checkpoints are set aside')
         self._manager.reload()
       return state, step
     if failures:
       listed = '; '.join(f'{step}: {reason}' for step, reason in failures.items())
       raise RunError(
-        f'none of the checkpoints in {self.directory} can be read ({listed}). Restore one from a '
-        'backup, or start anew in another --workdir.'
+        f'none of the checkpoints in {self.directory} can be read ({listed}); '
+        f'{remedy(list(failures.values()))}'
       )
     return None
 
+  def _add_metrics(self, step: int, metrics: dict[str, float] | None) -> None:
+    """Gives metrics to a checkpoint that has none, which stays whole whatever happens."""
+    if metrics is not None:
+      with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=METRICS)) as writer:
+        folder = self.directory / str(step) / METRICS
+        writer.save(folder, args=ocp.args.JsonSave(metrics), force=True)
+      self._manager.reload()
+
   def _leave_out_unreadable(self) -> None:
     """Moves checkpoints aside whose metrics orbax would fail on when it opens the folder."""
-    for metrics in self.directory.glob('*/metrics/metrics'):
-      try:
-        json.loads(metrics.read_text())
-      except ValueError as error:
-        self._say(f'checkpoint {metrics.parent.parent.name} is damaged ({error}); left out')
-        self._set_aside(metrics.parent.parent)
+    for metrics in self.directory.glob(f'*/{METRICS}/{METRICS}'):
+      checkpoint = metrics.parent.parent
+      if checkpoint.name.isdigit() and read_metrics(checkpoint) is None:
+        self._say(f'checkpoint {checkpoint.name} is damaged (its metrics cannot be read)')
+        self._set_aside(checkpoint)
+    wait_for_all('checkpoints with damaged metrics are set aside')
 
   def _set_aside(self, checkpoint: Path) -> None:
     if jax.process_index() == 0:
@@ -206,35 +207,12 @@ class Checkpoints:
       aside.parent.mkdir(exist_ok=True)
       shutil.move(checkpoint, aside)
 
-  def _nothing_evaluated(self) -> UserError:
-    return UserError(
-      f'{self.directory} holds no evaluated checkpoint; train first (cbam-jax train), or name the '
-      'workdir of a run that has saved one.'
-    )
-
   def _cannot_write(self, error: Exception) -> RunError:
     return RunError(
-      f'a checkpoint could not be written to {self.directory} ({_first_line(error)}); the earlier '
+      f'a checkpoint could not be written to {self.directory} ({first_line(error)}); the earlier '
       'ones are whole. Make room or restore access, then run the same command again.'
     )
 
 
-@jax.jit
-def fingerprint(state: TrainState) -> jax.Array:
-  """A 32-bit checksum of every array of `state`, the same however it is sharded."""
-  total = jnp.zeros((), jnp.uint32)
-  for number, array in enumerate(jax.tree.leaves(state)):
-    words = array if array.dtype == jnp.int32 else array.astype(jnp.float32)
-    words = lax.bitcast_convert_type(words, jnp.uint32).reshape(-1)
-    # Odd factors, so that a change of any single bit, or a swap of two elements, shows.
-    factors = 2 * lax.iota(jnp.uint32, words.size) + np.uint32(2 * number + 1)
-    total += jnp.sum(words * factors, dtype=jnp.uint32)
-  return total
-
-
 def _top1(metrics: dict[str, Any]) -> float:
   return metrics['top1']
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0][:200]

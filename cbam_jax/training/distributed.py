@@ -9,11 +9,16 @@ import traceback
 from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from cbam_jax.errors import RunError, UserError
 
 # A process that is silent for so long is taken for dead, and the others end.
 HEARTBEAT_SECONDS = 60
+
+# Bytes of a message that the processes tell each other.
+LONGEST_FAILURE = 300
 
 
 @contextlib.contextmanager
@@ -78,3 +83,31 @@ def joined(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(2 if isinstance(error, UserError) else 1)
+
+
+def agreed(failure: str) -> str:
+  """What went wrong on the first process on which something did; empty if all is well on all.
+
+  All processes must call it, and all get the same answer.
+  """
+  if jax.process_count() == 1:
+    return failure
+  text = np.zeros(LONGEST_FAILURE, np.uint8)
+  encoded = failure.encode()[:LONGEST_FAILURE]
+  text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+  everyone = multihost_utils.process_allgather(text)
+  return next(
+    (bytes(row).rstrip(b'\0').decode(errors='replace') for row in everyone if any(row)), ''
+  )
+
+
+def from_first(number: int) -> int:
+  """The first process's `number`, on all."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def wait_for_all(reason: str) -> None:
+  """Returns once all processes have come here; `reason` names the place."""
+  multihost_utils.sync_global_devices(reason)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from cbam_jax.training.checkpoints import Checkpoints
 from cbam_jax.training.experiment import Experiment
+from cbam_jax.training.stored import best_step, restore
 from cbam_jax.training.workdir import Workdir
 
 
@@ -18,14 +18,16 @@ def evaluate(workdir: str) -> dict[str, Any]:
   Returns:
     'step' of the checkpoint, 'loss', 'top1' and 'top5' (fractions of 1), 'count' of examples.
 
+  A run may be writing there; it is left alone.
+
   Raises:
     UserError: If the folder holds no run, or the run has no checkpoint yet.
+    CheckpointError: If the checkpoint is damaged, or of another network.
   """
   folder = Workdir(workdir)
   experiment = Experiment(_for_evaluation(folder.config()))
-  with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-    step = checkpoints.best_step()
-    state = checkpoints.restore(step, experiment.abstract_state)
+  step = best_step(folder.checkpoints)
+  state = restore(folder.checkpoints / str(step), experiment.abstract_state)
   return {'step': step, **(experiment.evaluate(state.variables) or {})}
 
 

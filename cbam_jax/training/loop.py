@@ -64,13 +64,13 @@ class _Run:
     config, folder = self.config, self.folder
     folder.check(config)
     with folder.locked(), contextlib.ExitStack() as stack:
-      folder.claim(config)
       self.interruption = stack.enter_context(Interruption())
       self.checkpoints = stack.enter_context(
         Checkpoints(folder.checkpoints, config.checkpoints.keep, self._say)
       )
       found = self.checkpoints.restore_newest(self.abstract_state)
       state, start = found or (self.experiment.new_state(), 0)
+      folder.claim(config)
       title = f'{config.model.name} + {config.model.attention} on {config.data.name}'
       self.report = stack.enter_context(
         Report(folder, title, self.total_steps, start, self.console)

@@ -9,13 +9,14 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import ml_collections
 
 from cbam_jax.errors import UserError
 from cbam_jax.training.config import default_config
+from cbam_jax.training.distributed import agreed
 
 # What may not change between two parts of a run: the network, the data and their order, and what
 # else gives the state its shape.
@@ -88,21 +89,14 @@ class Workdir:
       UserError: If another run holds it, or it cannot be made.
     """
     self._make()
-    if jax.process_index() != 0:
-      yield
-      return
     with (self.root / '.lock').open('a+') as lock:
-      try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        lock.seek(0)
+      holder = _take(lock) if jax.process_index() == 0 else ''
+      # All processes must end, not only the first, which holds it for all.
+      if holder := agreed(holder):
         raise UserError(
-          f'{self.root} is in use by another run ({lock.read().strip() or "unknown"}); wait for '
-          'it, stop it, or choose another --workdir.'
-        ) from None
-      lock.truncate(0)
-      lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-      lock.flush()
+          f'{self.root} is in use by another run ({holder}); wait for it, stop it, or choose '
+          'another --workdir.'
+        )
       yield
 
   def _make(self) -> None:
@@ -134,14 +128,16 @@ class Workdir:
     return config
 
   def metrics(self) -> Iterator[dict[str, Any]]:
-    """What the run has logged, in order; a last line that was cut short is left out."""
+    """What the run has logged, in order; a line that is damaged or cut short is left out."""
     if not self.metrics_file.exists():
       return
-    for line in self.metrics_file.read_text().splitlines():
+    for line in self.metrics_file.read_bytes().splitlines():
       try:
-        yield json.loads(line)
+        entry = json.loads(line)
       except ValueError:
-        return
+        continue
+      if isinstance(entry, dict) and isinstance(entry.get('step'), int):
+        yield entry
 
   def forget_after(self, step: int) -> None:
     """Drops what was logged after `step`, which a resumed run will log again."""
@@ -150,9 +146,10 @@ class Workdir:
 
   def last_test(self, step: int) -> dict[str, Any] | None:
     """The test metrics that were logged at `step`, if they were."""
+    wanted = ('loss', 'top1', 'top5', 'count')
     for entry in self.metrics():
-      if entry['split'] == 'test' and entry['step'] == step:
-        return {name: entry[name] for name in ('loss', 'top1', 'top5', 'count')}
+      if entry.get('split') == 'test' and entry['step'] == step and entry.keys() >= set(wanted):
+        return {name: entry[name] for name in wanted}
     return None
 
 
@@ -172,8 +169,24 @@ def _plain(value: Any) -> Any:
   return list(value) if isinstance(value, tuple) else value
 
 
+def _take(lock: TextIO) -> str:
+  """Locks a file until it is closed, and writes there who has it; who has it already if one has."""
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    lock.seek(0)
+    return lock.read().strip() or 'unknown'
+  lock.truncate(0)
+  lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+  lock.flush()
+  return ''
+
+
 def _write_whole(path: Path, text: str) -> None:
   """Writes `path` so that a reader sees the old text or the new, never a part."""
   partial = path.with_name(path.name + '.partial')
-  partial.write_text(text)
+  with partial.open('w') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())  # before the new name is on the disk
   os.replace(partial, path)

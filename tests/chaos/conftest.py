@@ -1,0 +1,23 @@
+"""Training processes for every test here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.runs import Trainer
+
+
+@pytest.fixture(scope='session')
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+  """Starts trainings, which share their compiled programs."""
+  return Trainer(tmp_path_factory.mktemp('trainer'))
+
+
+@pytest.fixture(scope='session')
+def undisturbed(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """The folder of a run to which nothing has happened."""
+  folder = tmp_path_factory.mktemp('undisturbed') / 'run'
+  trainer.complete(folder)
+  return folder

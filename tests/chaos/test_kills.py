@@ -1,0 +1,64 @@
+"""SIGKILL and SIGTERM at any moment: a run that is started again ends as if nothing had been."""
+
+import random
+import signal
+import time
+
+import pytest
+
+from tests.chaos.runs import assert_same_run, logged, saved_steps, unfinished
+
+
+def kill(trainer, workdir, when, *arguments) -> bool:
+  """Starts a training and kills it; whether that left a checkpoint half written."""
+  with trainer.start(workdir, *arguments) as training:
+    when(training)
+    training.signal(signal.SIGKILL)
+    assert training.wait() == -signal.SIGKILL, training.output()
+  return bool(unfinished(workdir))
+
+
+def after(seconds: float):
+  """A moment so many seconds after the start."""
+  return lambda training: time.sleep(seconds)
+
+
+def in_training(seconds: float):
+  """A moment so many seconds after the state was restored."""
+
+  def wait(training) -> None:
+    training.wait_until(lambda: ' steps of 64 images' in training.output())
+    time.sleep(seconds)
+
+  return wait
+
+
+def in_a_save(workdir):
+  """The moment when a checkpoint is being written."""
+  return lambda training: training.wait_until(lambda: unfinished(workdir))
+
+
+def test_a_run_that_is_killed_ends_as_one_that_is_not(trainer, undisturbed, tmp_path):
+  workdir = tmp_path / 'run'
+  assert kill(trainer, workdir, in_a_save(workdir))
+  kill(trainer, workdir, in_training(random.Random(1).uniform(0, 1)))
+  trainer.complete(workdir)
+  assert_same_run(workdir, undisturbed)
+  assert logged(workdir) == logged(undisturbed)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(trainer, tmp_path):
+  long = ('--config.epochs=20',)
+  whole, workdir = tmp_path / 'whole', tmp_path / 'killed'
+  trainer.complete(whole, *long)
+  chance = random.Random(20)
+  moments = [after(chance.uniform(0, 5)) for _ in range(4)]
+  moments += [in_training(chance.uniform(0, 1)) for _ in range(16)]
+  chance.shuffle(moments)
+  half_written = sum(kill(trainer, workdir, moment, *long) for moment in moments)
+  assert half_written >= 3
+  assert 0 < saved_steps(workdir)[-1] < saved_steps(whole)[-1]
+  trainer.complete(workdir, *long)
+  assert_same_run(workdir, whole)
+  assert logged(workdir) == logged(whole)
