@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, Self, TypedDict, cast
+import os
+from typing import Self, TypedDict, cast
 
 import jax
 import numpy as np
 
 from cbam_jax.data.sources import Source
-from cbam_jax.data.transforms import Transform, decode
+from cbam_jax.data.transforms import Transform
 from cbam_jax.errors import RunError, UserError, require
 
 logger = logging.getLogger(__name__)
 
 # A set so damaged is not worth searching on.
 MOST_BAD_IN_A_ROW = 100
+
+# Decoding leaves the interpreter to other threads, the rest of an image's way does not: past some
+# threads a process gains nothing.
+MOST_THREADS = 8
+WORKER_THREADS = 2
 
 
 class Batch(TypedDict):
@@ -31,18 +37,18 @@ class Batch(TypedDict):
   mask: np.ndarray
 
 
-class _Examples:
-  """This process's examples in the order they are fed, with random access.
+class _Batches:
+  """This process's share of every batch, with random access.
 
-  Position j of a process's stream belongs to global batch `j // local_size`. Whatever the number
-  of processes, a global batch holds the same examples in the same order, and each example's
-  randomness comes from (seed, epoch, index) alone.
+  Whatever the number of processes, a global batch holds the same examples in the same order, and
+  each example's randomness comes from (seed, epoch, index) alone.
   """
 
   def __init__(
     self, source: Source, transform: Transform, batch_size: int, steps: int, seed: int | None
   ):
     self.source = source
+    self.size = len(source)
     self.transform = transform
     self.batch_size = batch_size
     self.local_size = batch_size // jax.process_count()
@@ -51,30 +57,44 @@ class _Examples:
     self.seed = seed
 
   def __len__(self) -> int:
-    return self.steps * self.local_size
+    return self.steps
 
-  def __getitem__(self, position: int) -> dict[str, Any]:
-    step, row = divmod(position, self.local_size)
-    place = step * self.batch_size + self.offset + row
-    size = len(self.source)
-    if self.seed is None:
-      epoch, index, real = 0, min(place, size - 1), place < size
-    else:
-      # The examples that do not fill a batch are left out, others in every epoch.
-      epoch, place = divmod(place, size // self.batch_size * self.batch_size)
-      index, real = int(_permutation(self.seed, epoch, size)[place]), True
-    image, label, bad = self._next_good(epoch, index)
-    if not real:
-      bad = 0  # a filler was counted in its own place
-    elif self.seed is None and bad:
-      real = False  # an evaluation counts no image twice
-    return {
-      'image': image,
-      'label': np.int32(label),
-      'mask': np.bool_(real),
-      'index': np.int64(index),
-      'bad': np.int32(bad),
+  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    n = self.local_size
+    images = np.empty((n, 0, 0, 0), np.uint8)
+    batch = {
+      'label': np.empty(n, np.int32),
+      'mask': np.empty(n, np.bool_),
+      'index': np.empty(n, np.int64),
+      'bad': np.empty(n, np.int32),
     }
+    for row in range(n):
+      epoch, index, real = self._choose(step * self.batch_size + self.offset + row)
+      image, label, bad = self._next_good(epoch, index)
+      if not real:
+        bad = 0  # a filler was counted in its own place
+      elif self.seed is None and bad:
+        real = False  # an evaluation counts no image twice
+      if row == 0:
+        images = np.empty((n, *image.shape), np.uint8)
+      if image.shape != images.shape[1:]:
+        raise UserError(
+          f'{_name(self.source, index)} is an image of {_sides(image)} in a batch of '
+          f'{_sides(images[0])}, and nothing crops them; make them the same, or set '
+          'data.augmentation=crop_flip and data.resized_side.'
+        )
+      images[row] = image
+      for key, value in zip(batch, (label, real, index, bad), strict=True):
+        batch[key][row] = value
+    return {'image': images, **batch}
+
+  def _choose(self, place: int) -> tuple[int, int, bool]:
+    """The epoch and the index of an example, and whether it is more than a filler."""
+    if self.seed is None:
+      return 0, min(place, self.size - 1), place < self.size
+    # The examples that do not fill a batch are left out, others in every epoch.
+    epoch, place = divmod(place, self.size // self.batch_size * self.batch_size)
+    return epoch, int(_permutation(self.seed, epoch, self.size)[place]), True
 
   def _next_good(self, epoch: int, index: int) -> tuple[np.ndarray, int, int]:
     """The image and label at `index`, or the nearest after it that can be read, and how many not.
@@ -83,19 +103,29 @@ class _Examples:
       RunError: If a hundred in a row cannot.
     """
     for bad in range(MOST_BAD_IN_A_ROW):
-      at = (index + bad) % len(self.source)
+      at = (index + bad) % self.size
       rng = np.random.default_rng((self.seed or 0, epoch, at))
       try:
         record = self.source[at]
-        return self.transform(decode(record['image']), rng), record['label'], bad
+        return self.transform(record['image'], rng), record['label'], bad
       except UserError:
         raise
       except Exception as error:  # Pillow raises nearly anything on a damaged file
         reason = error
     raise RunError(
-      f'{MOST_BAD_IN_A_ROW} images in a row from number {index} on cannot be read (the last: '
-      f'{reason}); check the data set and the disk it is on.'
+      f'{MOST_BAD_IN_A_ROW} images in a row from {_name(self.source, index)} on cannot be read '
+      f'(the last: {reason}); check the data set and the disk it is on.'
     )
+
+
+def _sides(image: np.ndarray) -> str:
+  return 'x'.join(map(str, image.shape))
+
+
+def _name(source: Source, index: int) -> str:
+  """The file of an example where its source knows it, else its number."""
+  name: str = getattr(source, 'name', 'number {}'.format)(index)
+  return name
 
 
 @functools.lru_cache(maxsize=4)
@@ -118,7 +148,7 @@ def train_batches(
 
   Args:
     source: The examples.
-    transform: What is done to a decoded image.
+    transform: What is done to a record's image.
     batch_size: Examples of a global batch, over all processes.
     seed: Seed of the order and of the transforms.
     start_step: First step; 0 at the start of a run.
@@ -135,8 +165,8 @@ def train_batches(
       'batch size of at most that.'
     )
   _check_processes(batch_size)
-  examples = _Examples(source, transform, batch_size, stop_step, seed)
-  return BatchIterator(examples, start_step, workers, bad_share)
+  share = _Batches(source, transform, batch_size, stop_step, seed)
+  return BatchIterator(share, start_step, workers, bad_share)
 
 
 def eval_batches(
@@ -151,7 +181,7 @@ def eval_batches(
 
   Args:
     source: The examples.
-    transform: What is done to a decoded image.
+    transform: What is done to a record's image.
     batch_size: Examples of a global batch, over all processes.
     workers: Processes that decode and transform; 0 for threads of this process.
     bad_share: Share of the images that may be unreadable; past it, iterating raises `RunError`.
@@ -161,8 +191,15 @@ def eval_batches(
   """
   _check_processes(batch_size)
   steps = -(len(source) // -batch_size)
-  examples = _Examples(source, transform, batch_size, steps, seed=None)
-  return BatchIterator(examples, 0, workers, bad_share)
+  share = _Batches(source, transform, batch_size, steps, seed=None)
+  return BatchIterator(share, 0, workers, bad_share)
+
+
+def _cores() -> int:
+  """How many cores this process may use, which a scheduler may have made few of many."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def _check_processes(batch_size: int) -> None:
@@ -180,13 +217,13 @@ class BatchIterator:
     bad_images: How many images so far could not be read, and were replaced or left out.
   """
 
-  def __init__(self, examples: _Examples, start_step: int, workers: int, bad_share: float):
+  def __init__(self, share: _Batches, start_step: int, workers: int, bad_share: float):
     grain = require('grain', 'train')
+    threads = WORKER_THREADS if workers else min(MOST_THREADS, _cores())
     dataset = (
-      grain.MapDataset.source(examples)
-      .batch(examples.local_size, drop_remainder=True)
+      grain.MapDataset.source(share)
       .slice(slice(start_step, None))
-      .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+      .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
     )
     if workers:
       from absl import flags
@@ -198,7 +235,7 @@ class BatchIterator:
     self.bad_images = 0
     self._read = 0
     self._batches = iter(dataset)
-    self._source = examples.source
+    self._source = share.source
     self._bad_share = bad_share
 
   def __iter__(self) -> Self:
@@ -215,8 +252,7 @@ class BatchIterator:
   def _note(self, index: int, bad: int) -> None:
     self.bad_images += bad
     for at in range(index, index + bad):
-      number = at % len(self._source)
-      name = getattr(self._source, 'name', lambda at: f'number {at}')(number)
+      name = _name(self._source, at % len(self._source))
       logger.warning('image %s cannot be read; another takes its place', name)
     # Of a set not yet read whole, a share of the whole may be bad.
     if self.bad_images > self._bad_share * max(self._read, len(self._source)):
