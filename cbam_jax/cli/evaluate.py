@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
   """Prints the metrics."""
   from cbam_jax.training import evaluate
+  from cbam_jax.training.compilation_cache import keep_compiled_programs
 
+  keep_compiled_programs()
   metrics = evaluate(arguments.workdir)
   if arguments.json:
     print(json.dumps(metrics))

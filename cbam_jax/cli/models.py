@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--attention',
     action='append',
     metavar='NAME',
-    help=f'{", ".join(ATTENTIONS)}; may be repeated; none and cbam without any',
+    help=f'{", ".join(ATTENTIONS)}; may be repeated; all without any',
   )
   parser.add_argument('--image-size', type=int, default=224, metavar='PIXELS')
   parser.add_argument('--stages', action='store_true', help='show a row for each stage')
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
   rows = [
     (name, attention, summary(create_model(name, attention=attention), arguments.image_size))
     for name in arguments.names or list_models()
-    for attention in arguments.attention or ('none', 'cbam')
+    for attention in arguments.attention or ATTENTIONS
   ]
   if arguments.json:
     entries = [

@@ -2,57 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import ml_collections
 
-from cbam_jax.data.transforms import AUGMENTATIONS
-from cbam_jax.errors import UserError, check_choice
+from cbam_jax.errors import UserError, check_choice, near
 from cbam_jax.models import create_model
 from cbam_jax.models.base import Classifier
-from cbam_jax.models.registry import named_attention
-from cbam_jax.training.mixing import MIXINGS
-from cbam_jax.training.optimizer import DECAYS, SCHEDULES
-
-DTYPES = ('float32', 'bfloat16')
+from cbam_jax.models.registry import ATTENTIONS, MODELS, named_attention
+from cbam_jax.training.keys import KEYS, KINDS, is_a, shown
 
 # Fields of the network that are not given among `model.fields`, and the key of each.
 OWN_KEYS = {'dtype': 'dtype'} | {
   field: f'model.{field}'
   for field in ('name', 'attention', 'num_classes', 'stem', 'group_size', 'remat')
 }
-
-# Key, what is allowed, and the check of it.
-RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-  ('seed', 'from 0 to under 2**32', lambda v: 0 <= v < 2**32),
-  ('epochs', 'above 0', lambda v: 0 < v < math.inf),
-  ('batch_size', '1 or more', lambda v: v >= 1),
-  ('eval_batch_size', '1 or more', lambda v: v >= 1),
-  ('eval_every_epochs', 'above 0', lambda v: 0 < v < math.inf),
-  ('log_every_steps', '1 or more', lambda v: v >= 1),
-  ('label_smoothing', 'from 0 to under 1', lambda v: 0 <= v < 1),
-  ('data.image_size', '1 or more', lambda v: v >= 1),
-  ('data.workers', '0 or more', lambda v: v >= 0),
-  ('optimizer.learning_rate', 'finite and above 0', lambda v: 0 < v < math.inf),
-  ('optimizer.momentum', 'from 0 to under 1', lambda v: 0 <= v < 1),
-  ('optimizer.weight_decay', 'finite and 0 or more', lambda v: 0 <= v < math.inf),
-  ('optimizer.step_epochs', 'above 0', lambda v: 0 < v < math.inf),
-  ('optimizer.warmup_epochs', 'finite and 0 or more', lambda v: 0 <= v < math.inf),
-  ('checkpoints.keep', '1 or more', lambda v: v >= 1),
-  ('checkpoints.every_minutes', 'above 0', lambda v: v > 0),
-  ('checkpoints.every_steps', '1 or more, or None', lambda v: v is None or v >= 1),
-  ('accumulate', '1 or more', lambda v: v >= 1),
-  ('skip_nonfinite', '0 or more', lambda v: v >= 0),
-  ('data.mixing_alpha', 'finite and above 0', lambda v: 0 < v < math.inf),
-  ('data.bad_share', 'from 0 to 1', lambda v: 0 <= v <= 1),
-  ('optimizer.clip_norm', 'above 0, or None', lambda v: v is None or v > 0),
-  ('average_decay', 'between 0 and 1, or None', lambda v: v is None or 0 < v < 1),
-  ('mesh.fsdp', '1 or more', lambda v: v >= 1),
-)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -76,10 +44,10 @@ def default_config() -> ml_collections.ConfigDict:
         'name': 'resnet50',
         'attention': 'cbam',
         'attention_fields': {},  # fields of the attention, such as {'order': 'parallel'}
-        'num_classes': 1000,
+        'num_classes': 1000,  # None: as many as the training set has
         'stem': 'imagenet',
         'group_size': ml_collections.config_dict.placeholder(int),  # None: the global batch
-        'remat': False,  # compute each block again in the backward pass, to save memory
+        'remat': False,  # compute each block again in the backward pass, to save a device's memory
         'fields': {},  # further fields of the network, such as {'width': 0.7}
       },
       'data': {
@@ -119,13 +87,31 @@ def default_config() -> ml_collections.ConfigDict:
   return config.lock()
 
 
+def choose_network(config: ml_collections.ConfigDict, variant: str) -> None:
+  """Sets network and attention by a variant such as 'resnet50,cbam'.
+
+  Raises:
+    UserError: If it is not two names with a comma between.
+  """
+  names = variant.split(',')
+  if len(names) != 2 or not all(names):
+    raise UserError(
+      f"the variant is {variant!r}; write 'network,attention', such as 'resnet50,cbam'."
+    )
+  config.model.name, config.model.attention = names
+
+
 def build_model(config: ml_collections.ConfigDict) -> Classifier:
   """The network that `config.model` describes, computing in `config.dtype`.
 
   Raises:
-    UserError: On an unknown network, attention or field.
+    UserError: On an unknown network, attention or field, or a field of the wrong type.
   """
   model = config.model
+  check_choice('model.name', model.name, MODELS)
+  check_choice('model.attention', model.attention, ATTENTIONS)
+  _check_types('model.fields', model.fields, MODELS[model.name])
+  _check_types('model.attention_fields', model.attention_fields, ATTENTIONS[model.attention])
   attention = named_attention(model.attention, **model.attention_fields)
   return create_model(
     model.name,
@@ -141,25 +127,29 @@ def build_model(config: ml_collections.ConfigDict) -> Classifier:
 
 def validate(config: ml_collections.ConfigDict) -> None:
   """Raises `UserError` on a value that would fail only once a run is under way."""
-  check_choice('dtype', config.dtype, DTYPES)
-  check_choice('optimizer.schedule', config.optimizer.schedule, SCHEDULES)
-  check_choice('data.augmentation', config.data.augmentation, AUGMENTATIONS)
-  check_choice('data.mixing', config.data.mixing, MIXINGS)
-  check_choice('optimizer.decay', config.optimizer.decay, DECAYS)
-  for key, allowed, valid in RANGES:
-    value = functools.reduce(lambda node, name: node[name], key.split('.'), config)
-    if not valid(value):
-      raise UserError(f'{key} is {value!r}; it must be {allowed}.')
+  given = set(flattened(config))
+  if missing := sorted(KEYS.keys() - given):
+    raise UserError(
+      f'the configuration has no {", ".join(missing)}; begin get_config() with '
+      'config = cbam_jax.training.default_config(), which has every key.'
+    )
+  if unknown := sorted(given - KEYS.keys()):
+    raise UserError(
+      f'the configuration has {unknown[0]!r}, which means nothing here.{near(unknown[0], KEYS)} '
+      'Remove it.'
+    )
+  for name, value in flattened(config).items():
+    KEYS[name].check(name, value)
   size, resized = config.data.image_size, config.data.resized_side
   if resized is not None and resized < size:
     raise UserError(
       f'data.resized_side is {resized} but data.image_size is {size}; the crop cannot be larger '
       'than the image it is cut from.'
     )
-  if len(config.data.mean) != len(config.data.std) or 0 in config.data.std:
+  if len(config.data.mean) != len(config.data.std):
     raise UserError(
       f'data.mean is {config.data.mean} and data.std {config.data.std}; give one number a channel '
-      'in each, none of std zero.'
+      'in each.'
     )
   _check_division(config)
   for field in config.model.fields:
@@ -167,7 +157,34 @@ def validate(config: ml_collections.ConfigDict) -> None:
       raise UserError(
         f'model.fields has {field!r}, which has a key of its own; set {OWN_KEYS[field]} instead.'
       )
-  build_model(config)
+  if config.model.num_classes is not None:
+    build_model(config)
+
+
+def flattened(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Every key, with dots, and its value; the two dictionaries of fields count as values."""
+
+  def walk(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name in tree:
+      key, value = f'{prefix}{name}', tree[name]
+      inner = isinstance(value, ml_collections.ConfigDict) and KEYS.get(key) is None
+      yield from walk(value, f'{key}.') if inner else [(key, value)]
+
+  return dict(walk(config, ''))
+
+
+def _check_types(key: str, fields: Any, factory: Any) -> None:
+  """Refuses a field of another type than the one that its module declares, where that is plain."""
+  while isinstance(factory, functools.partial):
+    factory = factory.func
+  declared = {field.name: field for field in dataclasses.fields(factory)} if factory else {}
+  for name, value in fields.items():
+    field = declared.get(name)
+    for kind, words in KINDS.items():
+      if field and field.type in (kind, kind.__name__) and not is_a(kind, value):
+        raise UserError(
+          f'{key}.{name} is {shown(value)}; it must be {words}, such as {field.default!r}.'
+        )
 
 
 def _check_division(config: ml_collections.ConfigDict) -> None:
@@ -191,7 +208,7 @@ def _check_division(config: ml_collections.ConfigDict) -> None:
       'that does, or 1 to keep the state on each.'
     )
   group = config.model.group_size
-  if group is not None and (group < 1 or config.batch_size // parts % group):
+  if group is not None and config.batch_size // parts % group:
     raise UserError(
       f'model.group_size is {group}, which does not divide batch_size={config.batch_size}'
       f'{f" / accumulate={parts}" if parts > 1 else ""}; choose a divisor, or None to normalise '

@@ -15,6 +15,7 @@ from cbam_jax.data import Batch, Source, eval_batches, open_source
 from cbam_jax.data.transforms import Transform, decode, eval_transform, train_transform
 from cbam_jax.errors import UserError
 from cbam_jax.training.config import build_model, validate
+from cbam_jax.training.keys import MOST, shown
 from cbam_jax.training.mixing import mix
 from cbam_jax.training.optimizer import learning_rate_schedule, sgd
 from cbam_jax.training.sharding import (
@@ -32,7 +33,8 @@ class Experiment:
   """What a configuration describes, each part made when it is first needed.
 
   Attributes:
-    config: The configuration, checked.
+    config: The configuration, checked, with as many classes as the training set has where it
+      left them open.
     model: The network.
     mesh: All devices.
 
@@ -43,7 +45,10 @@ class Experiment:
   def __init__(self, config: ml_collections.ConfigDict):
     validate(config)
     self.config = config
-    self.model = build_model(config)
+    if config.model.num_classes is None:
+      self.config = config.copy_and_resolve_references()
+      self.config.model.num_classes = self.train_source.num_classes
+    self.model = build_model(self.config)
     self.mesh = make_mesh(config.mesh.fsdp)
     self._normalize = normalizer(config.data.mean, config.data.std)
 
@@ -66,7 +71,7 @@ class Experiment:
   def _open(self, split: str) -> Source:
     data = self.config.data
     source = open_source(data.name, split, data.dir)
-    if source.num_classes > self.config.model.num_classes:
+    if source.num_classes > (self.config.model.num_classes or source.num_classes):
       raise UserError(
         f'model.num_classes is {self.config.model.num_classes} but {data.name} has '
         f'{source.num_classes} classes; set it to at least that.'
@@ -104,6 +109,13 @@ class Experiment:
   @property
   def total_steps(self) -> int:
     """Steps of the whole run."""
+    epochs = max(self.config.epochs, self.config.optimizer.warmup_epochs)
+    if round(epochs * self.steps_per_epoch) > MOST:
+      raise UserError(
+        f'epochs is {self.config.epochs:g} and optimizer.warmup_epochs '
+        f'{self.config.optimizer.warmup_epochs:g}, at {self.steps_per_epoch} steps an epoch; a run '
+        f'has at most {MOST} steps, so lower them.'
+      )
     return max(1, round(self.config.epochs * self.steps_per_epoch))
 
   @functools.cached_property
@@ -146,7 +158,22 @@ class Experiment:
   @functools.cached_property
   def abstract_state(self) -> TrainState:
     """The shapes, types and shardings of a state."""
-    shapes = jax.eval_shape(self._create_state, jax.random.key(self.config.seed))
+    create, key = self._create_state, jax.random.key(self.config.seed)
+    try:
+      shapes = jax.eval_shape(create, key)
+    except UserError:
+      raise
+    except Exception as error:  # whatever a layer makes of the fields that it was given
+      fields = {
+        name: dict(self.config.model[name])
+        for name in ('fields', 'attention_fields')
+        if self.config.model[name]
+      }
+      if not fields:
+        raise
+      raise UserError(
+        f'the network cannot be made with {_named(fields)} ({_first_line(error)}); change these.'
+      ) from error
     return jax.tree.map(
       lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
       shapes,
@@ -166,6 +193,11 @@ class Experiment:
     )
     return create(jax.random.key(self.config.seed))
 
+  def _gather(self, arrays: Any) -> Any:
+    # Left to itself, the compiler also splits products over the axes that 'fsdp' splits, and
+    # gathers features of the batch for them.
+    return jax.lax.with_sharding_constraint(arrays, replicated(self.mesh))
+
   @functools.cached_property
   def compiled_train_step(self) -> Any:
     """The jitted step, from a state (consumed) and a batch to a state and metrics."""
@@ -183,6 +215,7 @@ class Experiment:
       accumulate=config.accumulate,
       average_decay=config.average_decay,
       seed=config.seed,
+      gather=self._gather,
     )
     return jax.jit(
       step,
@@ -195,7 +228,7 @@ class Experiment:
   def _eval_step(self) -> Any:
     variables = jax.tree.map(lambda x: x.sharding, self.abstract_state.variables)
     return jax.jit(
-      make_eval_step(self.model, self._normalize),
+      make_eval_step(self.model, self._normalize, self._gather),
       in_shardings=(variables, split_over_devices(self.mesh)),
       out_shardings=replicated(self.mesh),
     )
@@ -230,3 +263,11 @@ class Experiment:
       metrics = self._eval_step(variables, to_devices(batch, self.mesh))
       sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
     return means(jax.device_get(sums))
+
+
+def _named(fields: dict[str, Any]) -> str:
+  return ' and '.join(f'model.{name}={shown(value)}' for name, value in fields.items())
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -40,7 +40,8 @@ def learning_rate_schedule(
   total = max(round(epochs * steps_per_epoch), warmup + 1)
   if kind == 'cosine':
     return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total)
-  drops = range(1, int(epochs / step_epochs) + 1)
+  # After 50 drops nothing is left of the rate in float32.
+  drops = range(1, int(min(epochs / step_epochs, 50)) + 1)
   steps = optax.piecewise_constant_schedule(
     peak, {round(i * step_epochs * steps_per_epoch): 0.1 for i in drops}
   )

@@ -61,14 +61,22 @@ def smooth(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
 def sum_metrics(
   logits: jax.Array, losses: jax.Array, labels: jax.Array, mask: jax.Array
 ) -> Metrics:
-  """Sums over the examples that `mask` keeps; `top5` is among all classes if there are fewer."""
-  _, ranked = lax.top_k(logits, min(5, logits.shape[-1]))
-  hits = ranked == labels[:, None]
+  """Sums over the examples that `mask` keeps.
+
+  `top1` and `top5` count the labels that fewer than 1 and 5 classes are ranked before; of equal
+  logits the first class ranks first, and one that is no number ranks before every label.
+  """
+  # Not by `lax.top_k`: the compiler splits no sort over devices, but gathers all logits on each.
+  label = labels[:, None]
+  classes = jnp.arange(logits.shape[-1])[None]
+  own = jnp.take_along_axis(logits, label, -1)
+  behind = (logits < own) | ((logits == own) & (classes >= label))
+  before = jnp.sum(~behind, -1)
   weights = mask.astype(losses.dtype)
   return {
     'loss': jnp.sum(losses * weights),
-    'top1': jnp.sum(hits[:, 0] * weights),
-    'top5': jnp.sum(jnp.any(hits, 1) * weights),
+    'top1': jnp.sum((before < 1) * weights),
+    'top5': jnp.sum((before < 5) * weights),
     'count': jnp.sum(weights),
   }
 
@@ -92,6 +100,7 @@ def make_train_step(
   accumulate: int = 1,
   average_decay: float | None = None,
   seed: int = 0,
+  gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
   """The function from a state and a batch to the next state and the batch's metrics.
 
@@ -110,6 +119,7 @@ def make_train_step(
       sees a part at a time.
     average_decay: Decay a step of the parameters' moving average; None if it is not kept.
     seed: Seed of the step's own randomness, drawn anew at each step.
+    gather: Brings the parameters to every device before the network uses them.
   """
 
   def mean_loss(
@@ -133,8 +143,9 @@ def make_train_step(
   def whole_gradient(
     state: TrainState, batch: dict[str, jax.Array], key: jax.Array
   ) -> tuple[Any, Any, Metrics]:
+    params = gather(state.params)
     if accumulate == 1:
-      gradients, (batch_stats, metrics) = gradient(state.params, state.batch_stats, batch, key)
+      gradients, (batch_stats, metrics) = gradient(params, state.batch_stats, batch, key)
       return gradients, batch_stats, metrics
 
     # Every part takes its examples from all over the batch, so from every device alike.
@@ -143,11 +154,11 @@ def make_train_step(
 
     def add_part(sums: Any, part: tuple[dict[str, jax.Array], jax.Array]) -> Any:
       gradients, batch_stats, metrics = sums
-      new_gradients, (batch_stats, new_metrics) = gradient(state.params, batch_stats, *part)
+      new_gradients, (batch_stats, new_metrics) = gradient(params, batch_stats, *part)
       gradients = jax.tree.map(lambda a, b: a + b / accumulate, gradients, new_gradients)
       return (gradients, batch_stats, jax.tree.map(jnp.add, metrics, new_metrics)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
     none = dict.fromkeys(SUMMED, jnp.zeros(()))
     (gradients, batch_stats, metrics), _ = lax.scan(
       add_part, (zeros, state.batch_stats, none), (parts, keys)
@@ -190,12 +201,15 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def make_eval_step(
-  model: Classifier, normalize: Normalize
+  model: Classifier,
+  normalize: Normalize,
+  gather: Callable[[Any], Any] = lambda variables: variables,
 ) -> Callable[[Any, dict[str, jax.Array]], Metrics]:
   """The function from a network's variables and a batch to the batch's metrics."""
 
   def eval_step(variables: Any, batch: dict[str, jax.Array]) -> Metrics:
-    logits = cast('jax.Array', model.apply(variables, normalize(batch['image']), train=False))
+    images = normalize(batch['image'])
+    logits = cast('jax.Array', model.apply(gather(variables), images, train=False))
     losses = cross_entropy(logits, batch['label'])
     return sum_metrics(logits, losses, batch['label'], batch['mask'])
 

@@ -42,14 +42,19 @@ def refused(capsys, tmp_path):
   [
     ('--config.optimizer.learning_rat=1', ["no key 'optimizer.learning_rat'", 'learning_rate']),
     ('--config.bath_size=64', ["no key 'bath_size'", "Did you mean 'batch_size'", 'All keys: ']),
-    ('--config.epochs=many', ['many', 'epochs', 'give a value of the type']),
-    ('--config.batch_size=1.5', ['1.5', 'batch_size', 'give a value of the type']),
-    ('--config.model.group_size=x', ['x', 'group_size', 'give a value of the type']),
+    ('--config.epochs=many', ["epochs is 'many'; it must be a number, above 0"]),
+    ('--config.batch_size=1.5', ["batch_size is '1.5'; it must be an integer, 1 or more"]),
+    ('--config.batch_size=abc', ["batch_size is 'abc'; it must be an integer, 1 or more"]),
+    ('--config.model.group_size=x', ["model.group_size is 'x'", 'an integer, 1 or more, or None']),
     ('--config.epochs', ["'--config.epochs'", '--config.key=value']),
     ('--epochs=3', ["'--epochs=3'", '--config.key=value']),
     ('epochs=3', ["'epochs=3'", '--config.key=value']),
     ('--config.model.attention=cbma', ['cbma', "Did you mean 'cbam'"]),
     ('--config.model.fields.width=0.0001', ['width is 0.0001']),
+    ('--config.model.fields.widht=2', ["no option 'widht'", "Did you mean 'width'"]),
+    ('--config.model.fields.width=wide', ["model.fields.width is 'wide'", 'a number']),
+    ('--config.model.attention_fields.ordr=parallel', ["no field 'ordr'", "mean 'order'"]),
+    ('--config.model.attention_fields.spatial_kernel=big', ['an integer, such as 7']),
     ('--config.batch_size=12', ['batch_size is 12', 'a multiple of 8']),
     ('--config.data.name=imagenet', ["'imagenet'", 'tfds:NAME']),
   ],
@@ -63,7 +68,8 @@ def test_train_refuses_an_override(refused, tmp_path, override, parts):
 @pytest.mark.parametrize(
   ('config', 'parts'),
   [
-    ('configs/digit.py', ["'configs/digit.py'", 'configs/digits.py']),
+    ('configs/digit.py', ["'configs/digit.py'", 'cifar10, digits, ', "Did you mean 'digits'"]),
+    ('digits:resnet50', ['it takes no argument', "'resnet50'", 'write digits.']),
     (f'{IMAGENET}:resnet50', ["'resnet50'", "'network,attention'", "'resnet50,cbam'"]),
     (f'{IMAGENET}:resnet5,cbam', ["'resnet5'", 'allowed: resnet18', "Did you mean 'resnet50'"]),
     (f'{IMAGENET}:resnet50,cbma', ["'cbma'", 'allowed: none, se, bam, cbam', "mean 'cbam'"]),
@@ -124,6 +130,11 @@ def test_overrides_reach_the_configuration():
       '--config.optimizer.nesterov=true',
       '--config.model.fields.width=0.5',
       '--config.model.group_size=16',
+      '--config.model.remat=TRUE',
+      '--config.model.attention_fields.order=parallel',
+      "--config.model.attention_fields.pools=('avg', 'lse')",
+      '--config.data.resized_side=10',
+      '--config.data.mean=0.25',
       '--config.data.dir=/data',
       '--config.data.std=(0.5,)',
     ],
@@ -133,20 +144,74 @@ def test_overrides_reach_the_configuration():
   assert config.optimizer.nesterov is True
   assert config.model.fields.width == 0.5
   assert config.model.group_size == 16
+  assert config.model.remat is True
+  assert config.model.attention_fields.to_dict() == {'order': 'parallel', 'pools': ('avg', 'lse')}
+  assert config.data.resized_side == 10
+  assert config.data.mean == (0.25,)
   assert config.data.dir == '/data'
   assert config.data.std == (0.5,)
   assert config.optimizer.weight_decay == 5e-4  # what is not named stays
-  assert load_config(DIGITS).epochs == 20
+  assert load_config(DIGITS).epochs == 40
+
+
+def test_none_is_an_override_where_it_is_allowed():
+  overrides = ['--config.model.group_size=None', '--config.data.resized_side=none']
+  config = load_config(IMAGENET, overrides)
+  assert config.model.group_size is None
+  assert config.data.resized_side is None
+  with pytest.raises(UserError, match="batch_size is 'None'; it must be an integer"):
+    load_config(IMAGENET, ['--config.batch_size=None'])
 
 
 def test_overrides_come_from_the_arguments_given_alone(monkeypatch):
   monkeypatch.setattr(sys, 'argv', ['pytest', '--config.epochs=3'])
-  assert load_config(DIGITS).epochs == 20
+  assert load_config(DIGITS).epochs == 40
 
 
 def test_load_config_raises_what_the_command_line_prints():
   with pytest.raises(UserError, match=r'no configuration file'):
     load_config('nowhere.py')
+
+
+@pytest.mark.parametrize('name', ['digits', 'configs/digits.py'])
+def test_the_files_that_come_along_are_found_from_anywhere(monkeypatch, tmp_path, name):
+  monkeypatch.chdir(tmp_path)
+  assert load_config(name) == load_config(DIGITS)
+  own = tmp_path / name
+  own.parent.mkdir(exist_ok=True)
+  own.write_text(Path(DIGITS).read_text().replace('epochs = 40.0', 'epochs = 7.0'))
+  if own.suffix:
+    assert load_config(name).epochs == 7  # a file of the user's own comes first
+
+
+@pytest.mark.parametrize(
+  ('code', 'reason'),
+  [
+    ('return None', r'returned a NoneType; return what .*default_config'),
+    ('return {}', 'returned a dict'),
+    ("raise KeyError('x')", "'x'; mend the file"),
+    ('raise ValueError', 'ValueError.*; mend the file'),
+  ],
+)
+def test_a_file_that_makes_no_configuration_is_refused(tmp_path, code, reason):
+  file = tmp_path / 'own.py'
+  file.write_text(f'def get_config():\n  {code}\n')
+  with pytest.raises(UserError, match=f'own.py cannot be loaded: .*{reason}'):
+    load_config(str(file))
+
+
+def test_a_file_may_ask_for_an_argument(tmp_path):
+  file = tmp_path / 'own.py'
+  file.write_text(
+    'from cbam_jax.training import default_config\n'
+    'def get_config(name):\n'
+    '  config = default_config()\n'
+    '  config.model.name = name\n'
+    '  return config\n'
+  )
+  assert load_config(f'{file}:vgg16').model.name == 'vgg16'
+  with pytest.raises(UserError, match='it needs an argument; write it after a colon'):
+    load_config(str(file))
 
 
 def test_train_refuses_the_folder_of_another_run(refused, tmp_path):
@@ -185,9 +250,9 @@ def test_evaluate_prints_a_sentence_or_json(capsys, monkeypatch):
 # ---- models ----------------------------------------------------------------------------------
 
 
-def test_models_lists_every_network_plain_and_with_cbam(capsys, monkeypatch):
+def test_models_lists_every_network_with_every_attention(capsys, monkeypatch):
   def count(model, image_size):
-    plain = model.attention is None
+    plain = model.attention is None and model.stage_attention is None
     return Summary(image_size, 11_689_512 if plain else 11_779_392, 1_814_073_344, ())
 
   monkeypatch.setattr('cbam_jax.cli.models.summary', count)
@@ -195,9 +260,9 @@ def test_models_lists_every_network_plain_and_with_cbam(capsys, monkeypatch):
   header, *rows = capsys.readouterr().out.splitlines()
   assert header.split() == ['network', 'attention', 'params', '(M)', 'multiply-adds', '(G)']
   expected = [
-    [name, attention, params, '1.814']
+    [name, attention, '11.69' if attention == 'none' else '11.78', '1.814']
     for name in list_models()
-    for attention, params in (('none', '11.69'), ('cbam', '11.78'))
+    for attention in ('none', 'se', 'bam', 'cbam')
   ]
   assert [row.split() for row in rows] == expected
 

@@ -74,7 +74,7 @@ def test_digits_can_be_run(monkeypatch, devices):
 def test_digits_fit_their_network():
   experiment = Experiment(load_config(DIGITS))
   assert experiment.steps_per_epoch == 22
-  assert experiment.total_steps == 440
+  assert experiment.total_steps == 880
   # The whole test set is one batch.
   assert experiment.config.eval_batch_size == len(experiment.test_source)
   kernel = experiment.abstract_state.params['stem']['conv']['kernel']

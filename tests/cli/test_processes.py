@@ -83,6 +83,6 @@ def test_models_needs_no_extra(tmp_path):
   listed = python('-c', code, 'models', 'resnet18', '--image-size=64', '--json', cwd=tmp_path)
   assert listed.returncode == 0, listed.stderr
   entries = json.loads(listed.stdout)
-  for entry, attention in zip(entries, ('none', 'cbam'), strict=True):
+  for entry, attention in zip(entries, ('none', 'se', 'bam', 'cbam'), strict=True):
     counts = summary(create_model('resnet18', attention=attention), 64)
     assert (entry['attention'], entry['params']) == (attention, counts.params)

@@ -5,8 +5,9 @@ import pytest
 
 from cbam_jax.attention import BAM, CBAM, SqueezeExcitation
 from cbam_jax.errors import UserError
-from cbam_jax.training.config import build_model, default_config, validate
+from cbam_jax.training.config import build_model, default_config, flattened, validate
 from cbam_jax.training.experiment import Experiment
+from cbam_jax.training.keys import KEYS
 
 # Key, a value that cannot be, and what the message tells besides the two: what is allowed or
 # what to do.
@@ -15,6 +16,7 @@ INVALID = [
   ('seed', 2**32, 'from 0 to under 2**32'),
   ('epochs', 0, 'above 0'),
   ('epochs', -1, 'above 0'),
+  ('epochs', 1e9, 'at most 1,000,000'),
   ('batch_size', 0, '1 or more'),
   ('batch_size', 12, 'a multiple of 8'),
   ('batch_size', 80, 'choose a batch size of at most that'),
@@ -30,23 +32,25 @@ INVALID = [
   ('model.attention', 'cbma', "Did you mean 'cbam'"),
   ('model.attention_fields', {'ratio': 8}, 'it takes'),
   ('model.attention_fields', {'spatial_kernal': 3}, "Did you mean 'spatial_kernel'"),
+  ('model.attention_fields', {'reduction': 'half'}, 'it must be a number, such as 16'),
   ('model.attention_fields', {'order': 'paralel'}, "Did you mean 'parallel'"),
   ('model.stem', 'cifar10', "Did you mean 'cifar'"),
-  ('model.num_classes', 0, 'at least 1'),
-  ('model.group_size', 0, 'a divisor'),
+  ('model.num_classes', 0, '1 or more, or None'),
+  ('model.group_size', 0, '1 or more, or None'),
   ('model.group_size', 5, 'a divisor'),
   ('model.fields', {'widht': 2.0}, 'it takes'),
   ('model.fields', {'num_classes': 10}, 'set model.num_classes instead'),
   ('model.fields', {'dtype': 'bfloat16'}, 'set dtype instead'),
   ('data.name', 'digit', 'tfds:NAME'),
   ('data.name', 'tfds:imagnet2012', "Did you mean 'imagenet2012'"),
-  ('data.image_size', 0, '1 or more'),
+  ('data.image_size', 0, 'from 1 to 16384'),
   ('data.image_size', 8, 'make them the same'),
   ('data.resized_side', 5, 'cannot be larger'),
   ('data.augmentation', 'flip', 'allowed: none, shift'),
   ('data.mean', (0.3, 0.3, 0.3), 'one number a channel'),
-  ('data.std', (0.0,), 'none of std zero'),
-  ('data.workers', -1, '0 or more'),
+  ('data.mean', ('grey',), 'numbers, one a channel'),
+  ('data.std', (0.0,), 'none of them zero'),
+  ('data.workers', -1, 'from 0 to 1024'),
   ('optimizer.learning_rate', 0.0, 'finite and above 0'),
   ('optimizer.learning_rate', float('nan'), 'finite and above 0'),
   ('optimizer.learning_rate', float('inf'), 'finite and above 0'),
@@ -54,7 +58,7 @@ INVALID = [
   ('optimizer.weight_decay', -1e-4, 'finite and 0 or more'),
   ('optimizer.schedule', 'cosin', "Did you mean 'cosine'"),
   ('optimizer.step_epochs', 0, 'above 0'),
-  ('optimizer.warmup_epochs', -1.0, 'finite and 0 or more'),
+  ('optimizer.warmup_epochs', -1.0, '0 or more, at most 1,000,000'),
   ('checkpoints.keep', 0, '1 or more'),
 ]
 
@@ -99,6 +103,49 @@ def test_the_devices_divide_the_batches(monkeypatch, tiny_config, devices):
       validate(tiny_config)
   else:
     validate(tiny_config)
+
+
+def test_every_key_says_what_it_takes():
+  assert flattened(default_config()).keys() == KEYS.keys()
+
+
+def test_a_configuration_has_every_key_and_no_other(tiny_config):
+  with tiny_config.unlocked():
+    tiny_config.optimizer.momentun = 0.8
+  with pytest.raises(UserError, match=r"'optimizer.momentun', .* mean 'optimizer.momentum'"):
+    validate(tiny_config)
+  with tiny_config.unlocked():
+    del tiny_config.optimizer.momentun, tiny_config.seed, tiny_config.data.mean
+  with pytest.raises(UserError, match=r'has no data.mean, seed; .*default_config\(\)'):
+    validate(tiny_config)
+
+
+def test_open_classes_are_those_of_the_training_set(tiny_config):
+  tiny_config.model.num_classes = None
+  experiment = Experiment(tiny_config)
+  assert experiment.model.num_classes == 3
+  assert experiment.config.model.num_classes == 3
+  assert tiny_config.model.num_classes is None
+
+
+def test_a_field_that_no_layer_can_use_is_named(tiny_config):
+  tiny_config.model.name = 'resnet50'
+  tiny_config.model.fields = {'stage_sizes': ('two',)}
+  with pytest.raises(
+    UserError, match=r"with model.fields={'stage_sizes': \('two',\)}.*; change these"
+  ):
+    _ = Experiment(tiny_config).abstract_state
+
+
+def test_a_run_has_no_more_steps_than_can_be_counted(tiny_config):
+  tiny_config.optimizer.warmup_epochs = 1e6
+  assert Experiment(tiny_config).total_steps == 12
+  tiny_config.epochs = 1e6
+  tiny_config.batch_size = 8
+  monster = Experiment(tiny_config)
+  monster.train_source = range(2**16)
+  with pytest.raises(UserError, match='at most 2147483647 steps, so lower them'):
+    _ = monster.total_steps
 
 
 def test_the_default_is_valid_and_has_no_other_keys():

@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType
 
 from cbam_jax.data import Batch, train_batches
-from cbam_jax.training import config as config_module
 from cbam_jax.training import experiment as experiment_module
 from cbam_jax.training.experiment import Experiment
+from cbam_jax.training.keys import KEYS, Key
 from cbam_jax.training.step import SUMMED, cross_entropy, normalizer, smooth, sum_metrics
 
 # ---- loss and metrics ------------------------------------------------------------------------
@@ -119,6 +119,10 @@ def on_one_device(monkeypatch) -> None:
   monkeypatch.setattr(experiment_module, 'make_mesh', lambda fsdp: mesh)
 
 
+def allow_float64(monkeypatch) -> None:
+  monkeypatch.setitem(KEYS, 'dtype', Key(str, choices=('float64',)))
+
+
 def assert_close(one, other, tolerance) -> None:
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, tolerance, tolerance), one, other)
 
@@ -177,7 +181,7 @@ def test_eight_devices_compute_what_one_does(monkeypatch, tiny_config, group_siz
 
 
 def test_eight_devices_compute_what_one_does_in_float64(monkeypatch, tiny_config, x64):
-  monkeypatch.setattr(config_module, 'DTYPES', ('float64',))
+  allow_float64(monkeypatch)
   tiny_config.dtype = 'float64'
   tiny_config.model.attention = 'cbam'
   tiny_config.model.fields = {'param_dtype': 'float64'}
@@ -191,7 +195,7 @@ def test_eight_devices_compute_what_one_does_in_float64(monkeypatch, tiny_config
 
 @pytest.mark.slow
 def test_eight_devices_train_a_resnet_as_one_does(monkeypatch, tiny_config, x64):
-  monkeypatch.setattr(config_module, 'DTYPES', ('float64',))
+  allow_float64(monkeypatch)
   tiny_config.dtype = 'float64'
   tiny_config.model.name = 'resnet18'
   tiny_config.model.attention = 'cbam'
