@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from cbam_jax.attention.channel import ChannelAttention
+from cbam_jax.attention.fused import refine_and_add
 from cbam_jax.attention.gating import gate
 from cbam_jax.attention.spatial import SpatialAttention
-from cbam_jax.errors import check_choice
+from cbam_jax.errors import UserError, check_choice
 from cbam_jax.layers import Dtype
 
+IMPLEMENTATIONS = ('auto', 'plain', 'fused')
 ORDERS = ('channel_first', 'spatial_first', 'parallel', 'channel_only', 'spatial_only')
 
 
@@ -36,11 +39,15 @@ class CBAM(nn.Module):
     norm_momentum: Momentum of the spatial batch norm (linen's sense): the authors' 0.99, timm's
       0.9.
     group_size: Examples that share the spatial batch norm's statistics; None for the whole batch.
+    implementation: How a residual block of this package ends with it: 'fused', in the fewest passes
+      over memory; 'plain', as the definition reads, which forward-mode derivatives need; or
+      'auto', fused where that is possible, for the paper's own CBAM.
     dtype: Type of the output; None follows the input. Pools and gates are float32 at the least.
     param_dtype: Type in which parameters are stored.
 
   Raises:
-    UserError: On an unknown pool or order, an even kernel, or a reduction under 1.
+    UserError: On an unknown pool, order or implementation, an even kernel, or a reduction under 1;
+      on 'fused' with choices that only the plain implementation has.
   """
 
   reduction: float = 16
@@ -51,15 +58,40 @@ class CBAM(nn.Module):
   use_bias: bool = True
   norm_momentum: float = 0.99
   group_size: int | None = None
+  implementation: str = 'auto'
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
 
   def __post_init__(self) -> None:
     check_choice('the order of CBAM', self.order, ORDERS)
+    check_choice('the implementation of CBAM', self.implementation, IMPLEMENTATIONS)
     # Unattached copies of the parts, so that their fields are checked here and not in a trace.
     self._channel(parent=None)
     self._spatial(parent=None)
+    if self.implementation == 'fused' and not self.fusible:
+      raise UserError(
+        f"CBAM(implementation='fused') has order={self.order!r}, pools={self.pools!r}, "
+        f'spatial_pool={self.spatial_pool!r} and dtype={self.dtype!r}; fused is the default of '
+        "these alone. Leave implementation='auto'."
+      )
     super().__post_init__()
+
+  def setup(self) -> None:
+    """Makes the parts that the order asks for."""
+    if self.order != 'spatial_only':
+      self.channel = self._channel()
+    if self.order != 'channel_only':
+      self.spatial = self._spatial()
+
+  @property
+  def fusible(self) -> bool:
+    """Whether `finish_block` computes this CBAM."""
+    return (
+      self.order == 'channel_first'
+      and tuple(self.pools) == ('avg', 'max')
+      and self.spatial_pool == 'channel'
+      and self.dtype is None
+    )
 
   @nn.nowrap
   def _channel(self, **where: Any) -> ChannelAttention:
@@ -84,7 +116,6 @@ class CBAM(nn.Module):
       **where,
     )
 
-  @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Refines `x`.
 
@@ -98,14 +129,40 @@ class CBAM(nn.Module):
     Raises:
       UserError: On a wrong rank, an integer type, or an axis without extent.
     """
-    if self.order == 'spatial_only':
-      return self._spatial(name='spatial')(x, train=train)
-    channel = self._channel(name='channel')
-    if self.order == 'channel_only':
-      return channel(x)
-    spatial = self._spatial(name='spatial')
     if self.order == 'channel_first':
-      return spatial(channel(x), train=train)
+      return self.spatial(self.channel(x), train=train)
     if self.order == 'spatial_first':
-      return channel(spatial(x, train=train))
-    return gate(x, channel.logits(x) + spatial.logits(x, train=train), self.dtype)
+      return self.channel(self.spatial(x, train=train))
+    if self.order == 'channel_only':
+      return self.channel(x)
+    if self.order == 'spatial_only':
+      return self.spatial(x, train=train)
+    return gate(x, self.channel.logits(x) + self.spatial.logits(x, train=train), self.dtype)
+
+  def finish_block(
+    self, x: jax.Array, scale: jax.Array, offset: jax.Array, shortcut: jax.Array, *, train: bool
+  ) -> jax.Array:
+    """`relu(shortcut + CBAM(x * scale + offset))`, in few passes; needs `fusible`.
+
+    Args:
+      x: Features (N, *spatial, C), before their batch norm.
+      scale: The batch norm's map (see `BatchNorm.affine`), (N or 1, 1, ..., C).
+      offset: Likewise.
+      shortcut: What the block adds, like `x`.
+      train: Whether the spatial batch norm uses (and records) the batch's statistics.
+
+    Returns:
+      The block's output, of the shape and type of `shortcut`.
+    """
+
+    def flat(vector: jax.Array) -> jax.Array:
+      return vector.reshape(vector.shape[0], 1, vector.shape[-1])
+
+    return refine_and_add(
+      x,
+      flat(scale),
+      flat(offset),
+      shortcut,
+      self.channel.logits_of,
+      functools.partial(self.spatial.logits_of, train=train),
+    )

@@ -81,14 +81,18 @@ class ChannelAttention(nn.Module):
     super().__post_init__()
 
   @nn.compact
+  def logits_of(self, *pooled: jax.Array) -> jax.Array:
+    """The map before the sigmoid, (N, C), from what each of `pools` gives, (N, C) too."""
+    mlp = BottleneckMLP(self.reduction, self.use_bias, self.param_dtype, name='mlp')
+    return jnp.sum(mlp(jnp.stack(pooled, 1)), 1)
+
   def logits(self, x: jax.Array) -> jax.Array:
     """The map before the sigmoid: (N, 1, ..., 1, C), float32 at the least."""
     check_feature_map(type(self).__name__, x)
     values = x.astype(at_least_float32(self.dtype or x.dtype))
     values = values.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-    pooled = jnp.stack([POOLS[pool](values) for pool in self.pools], 1)
-    mlp = BottleneckMLP(self.reduction, self.use_bias, self.param_dtype, name='mlp')
-    return lax.expand_dims(jnp.sum(mlp(pooled), 1), range(1, x.ndim - 1))
+    logits = self.logits_of(*(POOLS[pool](values) for pool in self.pools))
+    return lax.expand_dims(logits, range(1, x.ndim - 1))
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """Refines `x`.

@@ -49,17 +49,12 @@ class SpatialAttention(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """The map before the sigmoid: (N, *spatial, 1), float32 at the least."""
-    check_feature_map(type(self).__name__, x)
-    axes = x.ndim - 2
-    values = x.astype(at_least_float32(self.dtype or x.dtype))
-    if self.pool == 'channel':
-      pooled = jnp.concatenate(
-        [max_over_axis(values, -1), jnp.mean(values, -1, keepdims=True)], axis=-1
-      )
-    else:
-      pooled = Conv(1, (1,) * axes, param_dtype=self.param_dtype, name='reduce')(values)
+  def logits_of(self, *maps: jax.Array, train: bool) -> jax.Array:
+    """The map before the sigmoid, (N, *spatial, 1), from the maps that the convolution reads."""
+    pooled = jnp.concatenate(maps, -1)
+    axes = pooled.ndim - 2
+    if self.pool == 'conv1x1':
+      pooled = Conv(1, (1,) * axes, param_dtype=self.param_dtype, name='reduce')(pooled)
     kernel_size = (self.kernel_size,) * axes
     y = Conv(1, kernel_size, param_dtype=self.param_dtype, name='conv')(pooled)
     return BatchNorm(
@@ -69,6 +64,15 @@ class SpatialAttention(nn.Module):
       param_dtype=self.param_dtype,
       name='norm',
     )(y, train=train)
+
+  def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """The map before the sigmoid: (N, *spatial, 1), float32 at the least."""
+    check_feature_map(type(self).__name__, x)
+    values = x.astype(at_least_float32(self.dtype or x.dtype))
+    if self.pool == 'conv1x1':
+      return self.logits_of(values, train=train)
+    mean = jnp.mean(values, -1, keepdims=True)
+    return self.logits_of(max_over_axis(values, -1), mean, train=train)
 
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Refines `x`.

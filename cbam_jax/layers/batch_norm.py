@@ -41,7 +41,6 @@ class BatchNorm(nn.Module):
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
 
-  @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Normalises `x`.
 
@@ -55,6 +54,24 @@ class BatchNorm(nn.Module):
     Raises:
       UserError: In training, if `group_size` does not divide N, or if a channel has one value only.
     """
+    scale, offset = self.affine(x, train=train)
+    return (x.astype(scale.dtype) * scale + offset).astype(self.dtype or x.dtype)
+
+  @nn.compact
+  def affine(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+    """The map that normalises `x`, for those who apply it as they read `x` for something else.
+
+    Args:
+      x: Features (N, ..., C).
+      train: Whether to use (and record) the batch's own statistics or the running ones.
+
+    Returns:
+      Scale and offset of `x * scale + offset`, float32 at the least, (1, 1, ..., C); or with
+      groups (N, 1, ..., C).
+
+    Raises:
+      UserError: As the call does.
+    """
     channels = x.shape[-1]
     scale = self.param('scale', self.scale_init, (channels,), self.param_dtype)
     bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype)
@@ -62,12 +79,11 @@ class BatchNorm(nn.Module):
     running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), stats_dtype)
     running_var = self.variable('batch_stats', 'var', jnp.ones, (channels,), stats_dtype)
 
-    dtype = self.dtype or x.dtype
-    compute_dtype = at_least_float32(dtype)
-    grouped = self._split(x.astype(compute_dtype), train)
+    dtype = at_least_float32(self.dtype or x.dtype)
+    grouped = self._split(x.astype(dtype), train)
 
     def per_channel(vector: jax.Array) -> jax.Array:
-      return lax.expand_dims(vector.astype(compute_dtype), range(grouped.ndim - 1))
+      return lax.expand_dims(vector.astype(dtype), range(grouped.ndim - 1))
 
     if train:
       axes = tuple(range(1, grouped.ndim - 1))
@@ -82,8 +98,14 @@ class BatchNorm(nn.Module):
     else:
       mean, var = per_channel(running_mean.value), per_channel(running_var.value)
 
-    y = (grouped - mean) * (lax.rsqrt(var + self.epsilon) * per_channel(scale)) + per_channel(bias)
-    return y.reshape(x.shape).astype(dtype)
+    factor = lax.rsqrt(var + self.epsilon) * per_channel(scale)
+    offset = per_channel(bias) - mean * factor
+
+    def per_example(vector: jax.Array) -> jax.Array:
+      vector = vector.reshape(vector.shape[0], *vector.shape[2:])
+      return vector if len(vector) == 1 else jnp.repeat(vector, grouped.shape[1], 0)
+
+    return per_example(factor), per_example(offset)
 
   def _split(self, x: jax.Array, train: bool) -> jax.Array:
     """The batch as (groups, examples of a group, ..., C)."""

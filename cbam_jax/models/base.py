@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cbam_jax.attention import CBAM
 from cbam_jax.errors import UserError, check_choice, check_feature_map
 from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32
 
@@ -126,4 +127,26 @@ def run_block(block: nn.Module, x: jax.Array, *, train: bool, remat: bool) -> ja
   def run(block: Any, x: jax.Array) -> jax.Array:
     return block(x, train=train)
 
-  return (nn.remat(run) if remat else run)(block, x)
+  return jax.lax.optimization_barrier((nn.remat(run) if remat else run)(block, x))
+
+
+def finish_block(
+  x: jax.Array, norm: Any, attention: LayerFactory | None, shortcut: jax.Array, *, train: bool
+) -> jax.Array:
+  """`relu(attention(norm(x)) + shortcut)`: how every residual block ends.
+
+  Args:
+    x: Features before their batch norm.
+    norm: The batch norm.
+    attention: Makes the attention; None for none.
+    shortcut: What is added, like `x`.
+    train: Whether batch norms use (and record) the batch's statistics.
+  """
+  refine = None if attention is None else attention(name='attention')
+  if isinstance(refine, CBAM) and refine.fusible and refine.implementation != 'plain':
+    scale, offset = norm.affine(x, train=train)
+    return refine.finish_block(x, scale, offset, shortcut, train=train)
+  x = norm(x, train=train)
+  if refine is not None:
+    x = refine(x, train=train)
+  return nn.relu(x + shortcut)

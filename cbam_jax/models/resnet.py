@@ -12,7 +12,7 @@ import jax
 
 from cbam_jax.errors import UserError
 from cbam_jax.layers import max_pool
-from cbam_jax.models.base import Classifier, LayerFactory, run_block
+from cbam_jax.models.base import Classifier, LayerFactory, finish_block, run_block
 
 
 class BasicBlock(nn.Module):
@@ -38,14 +38,11 @@ class BasicBlock(nn.Module):
     y = self.conv(self.features, (3, 3), strides=self.strides, name='conv1')(x)
     y = nn.relu(self.norm(name='norm1')(y, train=train))
     y = self.conv(self.features, (3, 3), name='conv2')(y)
-    y = self.norm(name='norm2')(y, train=train)
-    if self.attention is not None:
-      y = self.attention(name='attention')(y, train=train)
     if self.strides != 1 or x.shape[-1] != self.features:
       x = Shortcut(self.features, self.strides, self.conv, self.norm, name='shortcut')(
         x, train=train
       )
-    return nn.relu(x + y)
+    return finish_block(y, self.norm(name='norm2'), self.attention, x, train=train)
 
 
 class BottleneckBlock(nn.Module):
@@ -81,14 +78,11 @@ class BottleneckBlock(nn.Module):
     y = self.conv(inner, (3, 3), strides=second, groups=self.groups, name='conv2')(y)
     y = nn.relu(self.norm(name='norm2')(y, train=train))
     y = self.conv(self.features, (1, 1), name='conv3')(y)
-    y = self.norm(name='norm3')(y, train=train)
-    if self.attention is not None:
-      y = self.attention(name='attention')(y, train=train)
     if self.strides != 1 or x.shape[-1] != self.features:
       x = Shortcut(self.features, self.strides, self.conv, self.norm, name='shortcut')(
         x, train=train
       )
-    return nn.relu(x + y)
+    return finish_block(y, self.norm(name='norm3'), self.attention, x, train=train)
 
 
 class Shortcut(nn.Module):

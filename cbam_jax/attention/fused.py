@@ -1,0 +1,235 @@
+"""The end of a residual block with CBAM, `relu(shortcut + CBAM(x * scale + offset))`, fused.
+
+CBAM's arithmetic is little; what it costs is passes over the features. Written as its definition
+says, it stores the normalised features and the gated ones, for the backward pass too. Here the
+batch norm's affine map and the channel gate are one map of each channel of each example,
+`x * scale + offset`, which every pass applies as it reads: nothing of the size of `x` is stored
+but `x`, which the batch norm keeps anyway, and the block's output, which the next block keeps.
+
+Maxima carry the positions of their elements (see `cbam_jax.layers.max_over_axis`). The passes
+write the map in different ways on purpose: XLA would compute a common expression once and store it.
+
+Shapes: `x` is (N, P, C) with P positions; `scale` and `offset` (N or 1, 1, C).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cbam_jax.layers import at_least_float32
+
+
+def refine_and_add(
+  x: jax.Array,
+  scale: jax.Array,
+  offset: jax.Array,
+  shortcut: jax.Array,
+  channel_logits: Callable[[jax.Array, jax.Array], jax.Array],
+  spatial_logits: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+  """`relu(shortcut + CBAM(x * scale + offset))`, channel attention first.
+
+  Args:
+    x: (N, *spatial, C).
+    scale: Broadcastable to (N, 1, C), float32 at the least, as all gates and sums are.
+    offset: Likewise.
+    shortcut: Like `x`.
+    channel_logits: From the average and the maximum over positions, both (N, C), to (N, C).
+    spatial_logits: From the maximum and the mean over channels, both (N, *spatial, 1), to the same.
+
+  Returns:
+    An array of the shape and type of `shortcut`.
+  """
+  n, *spatial, c = x.shape
+  flat = x.reshape(n, math.prod(spatial), c)
+  average, peak = channel_pools(flat, scale, offset)
+  gate = nn.sigmoid(channel_logits(average, peak))[:, None]
+  scale, offset = scale * gate, offset * gate
+  peak, mean, flat = spatial_pools(flat, scale, offset)
+  maps = (n, *spatial, 1)
+  gate = nn.sigmoid(spatial_logits(peak.reshape(maps), mean.reshape(maps)))
+  scale, offset = (lax.expand_dims(v[:, 0], range(1, x.ndim - 1)) for v in (scale, offset))
+  return gate_and_add(flat.reshape(x.shape), scale, offset, gate, shortcut)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+  return x.astype(at_least_float32(x.dtype))
+
+
+# ------------------------------------------------------------------------ pools over positions
+
+
+@jax.custom_vjp
+def channel_pools(x: jax.Array, scale: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The average and the maximum of `x * scale + offset` over positions, both (N, C)."""
+  values, sign = _wide(x), _sign(scale)
+  return _mapped(jnp.mean(values, 1), jnp.max(values * sign, 1) * sign[:, 0], scale, offset)
+
+
+def _sign(scale: jax.Array) -> jax.Array:
+  # Under a negative scale the least element is the greatest. Exact: 1 and -1 round nothing.
+  return jnp.where(scale < 0, -1, 1).astype(scale.dtype)
+
+
+def _mapped(
+  average: jax.Array, extreme: jax.Array, scale: jax.Array, offset: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  scale, offset = scale[:, 0], offset[:, 0]
+  return average * scale + offset, extreme * scale + offset
+
+
+def _channel_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Any:
+  values, sign = _wide(x), _sign(scale)
+  average = jnp.mean(values, 1)
+  peak, position = _peak(values, sign, jnp.zeros_like(sign), 1)
+  extreme = peak * sign[:, 0]
+  return _mapped(average, extreme, scale, offset), (x, scale, average, extreme, position)
+
+
+def _channel_pools_backward(residuals: Any, cotangents: Any) -> Any:
+  x, scale, average, extreme, position = residuals
+  d_average, d_extreme = cotangents
+  here = lax.broadcasted_iota(position.dtype, x.shape, 1) == position[:, None]
+  dx = (d_average / x.shape[1])[:, None] + jnp.where(here, d_extreme[:, None], 0)
+  d_scale = (d_average * average + d_extreme * extreme)[:, None]
+  d_offset = (d_average + d_extreme)[:, None]
+  return (
+    (dx * scale).astype(x.dtype),
+    _reduced_like(d_scale, scale),
+    _reduced_like(d_offset, scale),
+  )
+
+
+channel_pools.defvjp(_channel_pools_forward, _channel_pools_backward)
+
+
+def _reduced_like(gradient: jax.Array, vector: jax.Array) -> jax.Array:
+  """Summed over the examples that share one `vector`."""
+  return jnp.sum(gradient, 0, keepdims=True) if vector.shape[0] == 1 else gradient
+
+
+# ------------------------------------------------------------------------- pools over channels
+
+
+@jax.custom_vjp
+def spatial_pools(
+  x: jax.Array, scale: jax.Array, offset: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The maximum and the mean of `x * scale + offset` over channels, both (N, P); and `x`.
+
+  The cotangent of this `x` is not its own but that of `x * scale + offset`, as `gate_and_add` gives
+  it: so all that goes back to `scale` and `offset` is summed in one pass.
+  """
+  values = _wide(x)
+  return jnp.max(values * scale + offset, 2), _mean(values, scale, offset), x
+
+
+def _mean(x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
+  return _dot(x, scale) / x.shape[2] + jnp.mean(offset, 2)
+
+
+def _dot(x: jax.Array, vector: jax.Array) -> jax.Array:
+  """The inner product of (N, P, C) and (N, 1, C) over channels: (N, P)."""
+  return jnp.einsum('npc,nc->np', x, vector[:, 0], precision=lax.Precision.HIGHEST)
+
+
+def _spatial_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Any:
+  values = _wide(x)
+  peak, position = _peak(values, scale, offset, 2)
+  return (peak, _mean(values, scale, offset), x), (x, scale, position)
+
+
+def _spatial_pools_backward(residuals: Any, cotangents: Any) -> Any:
+  x, scale, position = residuals
+  d_peak, d_mean, dy = cotangents
+  here = lax.broadcasted_iota(position.dtype, x.shape, 2) == position[..., None]
+  dy = _wide(dy) + (d_mean / x.shape[2])[..., None] + jnp.where(here, d_peak[..., None], 0)
+  d_scale = jnp.sum(dy * x, 1, keepdims=True)
+  d_offset = jnp.sum(dy, 1, keepdims=True)
+  return (dy * scale).astype(x.dtype), d_scale, d_offset
+
+
+spatial_pools.defvjp(_spatial_pools_forward, _spatial_pools_backward)
+
+# ------------------------------------------------------------------------------ gate and sum
+
+
+@jax.custom_vjp
+def gate_and_add(
+  x: jax.Array, scale: jax.Array, offset: jax.Array, gate: jax.Array, shortcut: jax.Array
+) -> jax.Array:
+  """`relu((x * scale + offset) * gate + shortcut)`.
+
+  Here alone positions are not one axis: `x` is (N, *spatial, C), `scale` and `offset`
+  (N, 1, ..., C), `gate` (N, *spatial, 1).
+
+  The cotangent of `x` is that of `x * scale + offset`, and `scale` and `offset` have none: see
+  `spatial_pools`.
+  """
+  total = _wide(x) * (scale * gate) + (offset * gate + shortcut)
+  return nn.relu(total).astype(shortcut.dtype)
+
+
+def _gate_and_add_forward(*inputs: jax.Array) -> Any:
+  out = gate_and_add(*inputs)
+  x, scale, offset, gate, _ = inputs
+  return out, (x, scale, offset, gate, out)
+
+
+def _gate_and_add_backward(residuals: Any, d_out: jax.Array) -> Any:
+  x, scale, offset, gate, out = residuals
+  du = jnp.where(out > 0, d_out, 0)
+  wide = _wide(du)
+  n, *_, c = x.shape
+  flat = (n, -1, c)
+  d_gate = _dot((wide * x).reshape(flat), scale.reshape(flat))
+  d_gate += _dot(wide.reshape(flat), offset.reshape(flat))
+  return (
+    (wide * gate).astype(x.dtype),
+    jnp.zeros_like(scale),
+    jnp.zeros_like(offset),
+    d_gate.reshape(gate.shape),
+    du,
+  )
+
+
+gate_and_add.defvjp(_gate_and_add_forward, _gate_and_add_backward)
+
+# --------------------------------------------------------------------------------- positions
+
+
+def _peak(
+  x: jax.Array, scale: jax.Array, offset: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array]:
+  """The maximum of `x * scale + offset` along `axis` and its position, the first of equals.
+
+  In two steps: the block that holds it, then its place in that block. On a CPU, XLA finds a
+  position element by element, but a maximum in vectors.
+  """
+  size = x.shape[axis]
+  inside = next(b for b in range(math.isqrt(size), 0, -1) if size % b == 0)
+
+  def split(v: jax.Array) -> jax.Array:
+    blocks = (size // inside, inside) if v.shape[axis] == size else (1, 1)
+    return v.reshape(*v.shape[:axis], *blocks, *v.shape[axis + 1 :])
+
+  x, scale, offset = split(x), split(scale), split(offset)
+  peaks = jnp.max(x * scale + offset, axis + 1, keepdims=True)
+  block = jnp.argmax(peaks, axis, keepdims=True)
+
+  def chosen(v: jax.Array) -> jax.Array:
+    if v.shape[axis] == 1:
+      return v
+    return jnp.take_along_axis(v, block, axis, mode='promise_in_bounds')
+
+  inner = chosen(x) * chosen(scale) + chosen(offset)
+  place = jnp.argmax(inner, axis + 1, keepdims=True)
+  both = (axis, axis + 1)
+  return jnp.max(inner, both), jnp.squeeze(block * inside + place, both)

@@ -1,0 +1,187 @@
+"""The fused end of a block against its definition, `relu(shortcut + CBAM(norm(x)))`."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbam_jax import CBAM
+from cbam_jax.attention.fused import _peak, channel_pools, spatial_pools
+from cbam_jax.errors import UserError
+from cbam_jax.layers import BatchNorm
+from cbam_jax.models import ResNet
+from cbam_jax.models.base import finish_block
+from tests.layers.random_variables import random_variables
+
+
+class Ending(nn.Module):
+  """A block's last norm, attention and sum."""
+
+  implementation: str
+  group_size: int | None = None
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
+  def __call__(self, x, shortcut, *, train):
+    norm = BatchNorm(
+      group_size=self.group_size, dtype=self.dtype, param_dtype=self.param_dtype, name='norm'
+    )
+    attention = functools.partial(
+      CBAM,
+      reduction=4,
+      implementation=self.implementation,
+      group_size=self.group_size,
+      param_dtype=self.param_dtype,
+    )
+    return finish_block(x, norm, attention, shortcut, train=train)
+
+  @property
+  def param_dtype(self):
+    return jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+
+
+def inputs(shape, dtype):
+  x, shortcut = (jax.random.normal(jax.random.key(i), shape, dtype) for i in (1, 2))
+  return x, shortcut
+
+
+def outputs(ending, x, shortcut, train):
+  """The output, and the gradients of a sum of its entries with weights, by every input."""
+  variables = random_variables(ending, x, shortcut, train=False)
+  # Every other channel is turned over, where the least element becomes the greatest.
+  scale = variables['params']['norm']['scale']
+  variables['params']['norm']['scale'] = scale * (-1) ** jnp.arange(len(scale))
+  weights = jnp.round(8 * jax.random.normal(jax.random.key(4), x.shape, jnp.float32)).astype(
+    x.dtype
+  )
+
+  def total(params, x, shortcut):
+    y, updated = ending.apply(
+      {'params': params, 'batch_stats': variables['batch_stats']},
+      x,
+      shortcut,
+      train=train,
+      mutable=['batch_stats'],
+    )
+    return jnp.sum(y * weights), (y, updated)
+
+  gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
+  return gradient(variables['params'], x, shortcut)
+
+
+def assert_close(actual, desired, tolerance):
+  def check(a, b):
+    a, b = (np.asarray(v, np.float64) for v in (a, b))
+    assert np.max(np.abs(a - b)) <= tolerance * max(np.max(np.abs(b)), 1e-3)
+
+  jax.tree.map(check, actual, desired)
+
+
+@pytest.mark.parametrize('train', [False, True], ids=['eval', 'train'])
+@pytest.mark.parametrize(
+  ('shape', 'group_size'),
+  [((4, 6, 5, 8), None), ((4, 6, 5, 8), 2), ((4, 7, 8), None), ((2, 3, 4, 5, 8), None)],
+  ids=['2d', '2d-groups', '1d', '3d'],
+)
+def test_equals_the_definition(x64, shape, group_size, train):
+  x, shortcut = inputs(shape, jnp.float64)
+  fused = outputs(Ending('auto', group_size), x, shortcut, train)
+  plain = outputs(Ending('plain', group_size), x, shortcut, train)
+  assert_close(fused, plain, 1e-12)
+
+
+def test_equals_the_definition_in_float32():
+  x, shortcut = inputs((4, 14, 14, 32), jnp.float32)
+  fused_gradients, (fused, _) = outputs(Ending('fused'), x, shortcut, True)
+  plain_gradients, (plain, _) = outputs(Ending('plain'), x, shortcut, True)
+  assert_close(fused, plain, 1e-5)
+  assert_close(fused_gradients, plain_gradients, 1e-4)
+
+
+def test_bfloat16_within_its_rounding(x64):
+  x, shortcut = (v.astype(jnp.bfloat16) for v in inputs((4, 14, 14, 32), jnp.float32))
+  ending = Ending('fused', dtype=jnp.bfloat16)
+  gradients, (fused, _) = outputs(ending, x, shortcut, True)
+  exact = outputs(Ending('plain'), x.astype(jnp.float64), shortcut.astype(jnp.float64), True)
+  assert fused.dtype == gradients[1].dtype == jnp.bfloat16
+  assert_close(fused, exact[1][0], 2**-7)
+  assert_close(gradients[1:], exact[0][1:], 2**-5)
+
+
+def test_jit_changes_no_gradient(x64):
+  x, shortcut = inputs((3, 6, 6, 12), jnp.float64)
+  jitted = outputs(Ending('fused'), x, shortcut, True)
+  with jax.disable_jit():
+    eager = outputs(Ending('fused'), x, shortcut, True)
+  assert_close(jitted, eager, 1e-12)
+
+
+def test_under_a_negative_scale_the_least_element_is_the_maximum():
+  x = jnp.array([[[1.0, 1.0], [-3.0, -3.0], [2.0, 2.0]]])
+  scale, offset = jnp.array([[[2.0, -2.0]]]), jnp.array([[[0.5, 0.5]]])
+  average, peak = channel_pools(x, scale, offset)
+  np.testing.assert_allclose(average, [[0.5, 0.5]])
+  np.testing.assert_allclose(peak, [[4.5, 6.5]])
+  d_x = jax.grad(lambda x: jnp.sum(channel_pools(x, scale, offset)[1]))(x)
+  np.testing.assert_array_equal(d_x, [[[0.0, 0.0], [0.0, -2.0], [2.0, 0.0]]])
+
+
+def test_maxima_by_hand():
+  x = jnp.array([[[1.0, -2.0, 3.0], [5.0, 5.0, 1.0]]])
+  scale, offset = jnp.array([[[1.0, -2.0, 1.0]]]), jnp.array([[[0.0, 0.0, -1.0]]])
+  peak, mean, _ = spatial_pools(x, scale, offset)
+  np.testing.assert_allclose(peak, [[4.0, 5.0]])
+  np.testing.assert_allclose(mean, [[7 / 3, -5 / 3]], rtol=1e-6)
+  d_x = jax.grad(lambda x: jnp.sum(spatial_pools(x, scale, offset)[0]))(x)
+  np.testing.assert_array_equal(d_x, [[[0.0, -2.0, 0.0], [1.0, 0.0, 0.0]]])
+
+
+@pytest.mark.parametrize('axis', [1, 2])
+@pytest.mark.parametrize('size', [1, 7, 12, 16])
+def test_ties_go_to_the_first(axis, size):
+  shape = (2, size, 3) if axis == 1 else (2, 3, size)
+  x = jnp.round(jax.random.normal(jax.random.key(size), shape))
+  one = jnp.ones((1, 1, shape[2]))
+  peak, position = _peak(x, one, jnp.zeros_like(one), axis)
+  np.testing.assert_array_equal(peak, np.max(x, axis))
+  np.testing.assert_array_equal(position, np.argmax(x, axis))
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [{'order': 'parallel'}, {'pools': ('avg',)}, {'spatial_pool': 'conv1x1'}, {'dtype': 'float32'}],
+)
+def test_other_choices_are_not_fused(fields):
+  assert not CBAM(**fields).fusible
+  with pytest.raises(UserError, match="Leave implementation='auto'"):
+    CBAM(**fields, implementation='fused')
+
+
+def test_unknown_implementation():
+  with pytest.raises(UserError, match='auto, plain, fused'):
+    CBAM(implementation='fast')
+
+
+def test_stores_no_more_than_the_plain_network():
+  """CBAM's share of the memory of a train step; its definition takes a third more."""
+
+  def temporary(attention):
+    model = ResNet(stage_sizes=(3,), bottleneck=True, attention=attention, num_classes=10)
+    images = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, images)
+
+    def loss(params, stats, images):
+      logits, _ = model.apply(
+        {'params': params, 'batch_stats': stats}, images, train=True, mutable=['batch_stats']
+      )
+      return jnp.sum(jnp.square(logits))
+
+    gradient = jax.jit(jax.grad(loss))
+    compiled = gradient.lower(variables['params'], variables['batch_stats'], images).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporary(CBAM) <= 1.05 * temporary(None)
