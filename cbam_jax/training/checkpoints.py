@@ -179,7 +179,8 @@ class Checkpoints:
         self._say(
           f'checkpoint {damaged} is damaged ({reason}); going on from checkpoint {step} instead'
         )
-        self._set_aside(self.directory / str(damaged))
+        if jax.process_index() == 0:
+          self._set_aside(self.directory / str(damaged))
       if failures:
         wait_for_all('damaged checkpoints are set aside')
         self._manager.reload()
@@ -202,19 +203,19 @@ class Checkpoints:
 
   def _leave_out_unreadable(self) -> None:
     """Moves checkpoints aside whose metrics orbax would fail on when it opens the folder."""
-    for metrics in self.directory.glob(f'*/{METRICS}/{METRICS}'):
-      checkpoint = metrics.parent.parent
-      if checkpoint.name.isdigit() and read_metrics(checkpoint) is None:
-        self._say(f'checkpoint {checkpoint.name} is damaged (its metrics cannot be read)')
-        self._set_aside(checkpoint)
+    if jax.process_index() == 0:
+      for metrics in self.directory.glob(f'*/{METRICS}/{METRICS}'):
+        checkpoint = metrics.parent.parent
+        if checkpoint.name.isdigit() and read_metrics(checkpoint) is None:
+          self._say(f'checkpoint {checkpoint.name} is damaged (its metrics cannot be read)')
+          self._set_aside(checkpoint)
     wait_for_all('checkpoints with damaged metrics are set aside')
 
   def _set_aside(self, checkpoint: Path) -> None:
-    if jax.process_index() == 0:
-      aside = self.directory.parent / 'damaged' / checkpoint.name
-      shutil.rmtree(aside, ignore_errors=True)
-      aside.parent.mkdir(exist_ok=True)
-      shutil.move(checkpoint, aside)
+    aside = self.directory.parent / 'damaged' / checkpoint.name
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(exist_ok=True)
+    shutil.move(checkpoint, aside)
 
   def _cannot_write(self, error: Exception) -> RunError:
     return RunError(
