@@ -30,15 +30,15 @@ def run(arguments: argparse.Namespace) -> None:
       'tensorflow cannot be imported. Training does without it, preparing does not: '
       "pip install 'cbam-jax[prepare]'."
     )
-  from cbam_jax.data.prepared import conversion, find_builder
+  from cbam_jax.data.prepared import check_format, find_builder
 
   name, data_dir = arguments.name, str(Path(arguments.data_dir).expanduser().absolute())
   builder = find_builder(name, data_dir)
-  if not builder.is_prepared():
+  if builder.is_prepared():
+    check_format(name, builder)
+  else:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
     _prepare(builder, _manual_dir(builder, arguments.manual_dir))
-  elif builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-    raise UserError(conversion(name, builder))
   sizes = ' and '.join(
     f'{split.num_examples:,} {split.name}' for split in builder.info.splits.values()
   )

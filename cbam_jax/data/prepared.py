@@ -32,12 +32,11 @@ class TfdsSource:
         f'`cbam-jax prepare {name} --data-dir DIR`, or name where it is in --config.data.dir.'
       )
     self.num_classes = builder.info.features['label'].num_classes
-    try:
-      self._records = builder.as_data_source(
-        split=available[0], decoders={'image': tfds.decode.SkipDecoding()}
-      )
-    except NotImplementedError as error:
-      raise UserError(conversion(name, builder)) from error
+    check_format(name, builder)
+    # The folder's own builder reads a format that was added to the first one, too.
+    self._records = tfds.builder_from_directory(builder.data_dir).as_data_source(
+      split=available[0], decoders={'image': tfds.decode.SkipDecoding()}
+    )
 
   def __len__(self) -> int:
     return len(self._records)
@@ -77,14 +76,13 @@ def find_builder(name: str, data_dir: str | None) -> Any:
   return builder
 
 
-def conversion(name: str, builder: Any) -> str:
-  """What to do with a set that is prepared in another format."""
-  folder, full_name = str(builder.data_dir), builder.info.full_name
-  root = folder.removesuffix(full_name).rstrip('/') + '-array_record'
-  return (
-    f'{name} is prepared in {folder!r}, but not as ArrayRecord. Convert it, where '
-    "pip install 'cbam-jax[prepare]' was run, with\n"
-    f'tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record '
-    f'--out_dir={root}/{full_name}\n'
-    f'and then name {root!r} in place of its folder.'
-  )
+def check_format(name: str, builder: Any) -> None:
+  """Raises `UserError` unless a prepared set is there as ArrayRecord."""
+  tfds = require('tensorflow_datasets', 'train')
+  info = tfds.builder_from_directory(builder.data_dir).info
+  if tfds.core.FileFormat.ARRAY_RECORD not in info.available_file_formats():
+    raise UserError(
+      f'{name} is prepared, but not as ArrayRecord. This adds it, where '
+      "pip install 'cbam-jax[prepare]' was run:\n"
+      f'tfds convert_format --dataset_version_dir={builder.data_dir} --out_file_format=array_record'
+    )
