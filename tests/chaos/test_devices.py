@@ -8,6 +8,8 @@ import pytest
 from cbam_jax.training.distributed import HEARTBEAT_SECONDS
 from tests.chaos.runs import TIMEOUT, logged, saved_steps
 
+pytestmark = pytest.mark.chaos
+
 # At the full learning rate the last bits, in which sums over other devices differ, grow too fast.
 TEN_STEPS = (
   f'--config.epochs={10 / 22}',

@@ -10,6 +10,8 @@ import pytest
 
 from tests.chaos.runs import assert_same_run, logged, saved_steps
 
+pytestmark = pytest.mark.chaos
+
 
 def halve(file) -> None:
   os.truncate(file, file.stat().st_size // 2)

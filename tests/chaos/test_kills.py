@@ -3,10 +3,13 @@
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.chaos.runs import assert_same_run, logged, saved_steps, unfinished
+
+pytestmark = pytest.mark.chaos
 
 
 def kill(trainer, workdir, when, *arguments) -> bool:
@@ -45,6 +48,37 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(trainer, undisturbed, tmp_
   trainer.complete(workdir)
   assert_same_run(workdir, undisturbed)
   assert logged(workdir) == logged(undisturbed)
+
+
+def children(pid: int) -> list[int]:
+  """The processes that a process has started; skips the test where the system does not tell."""
+  lists = list(Path(f'/proc/{pid}/task').glob('*/children'))  # one for each thread
+  if not lists:
+    pytest.skip('this system does not list the children of a process')
+  return [int(child) for file in lists for child in file.read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+  """Whether a process runs; one that has ended and is not yet cleared away does not."""
+  try:
+    return Path(f'/proc/{pid}/stat').read_text().rsplit(')')[1].split()[0] != 'Z'
+  except FileNotFoundError:
+    return False
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_a_kill(trainer, tmp_path):
+  workdir = tmp_path / 'run'
+  with trainer.start(workdir, '--config.data.workers=2') as training:
+    training.wait_until(lambda: logged(workdir))
+    workers = children(training.process.pid)
+    assert len(workers) >= 2
+    training.signal(signal.SIGKILL)
+    training.wait()
+    deadline = time.monotonic() + 30
+    while any(map(is_alive, workers)):
+      assert time.monotonic() < deadline, 'workers outlive the training'
+      time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import pytest
 
 from tests.chaos.runs import assert_same_run, logged, saved_steps
 
+pytestmark = pytest.mark.chaos
+
 # Machines are taken away 30 s after the signal.
 NOTICE_SECONDS = 30
 

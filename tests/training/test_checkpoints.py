@@ -99,6 +99,8 @@ def test_metrics_that_come_later_leave_the_checkpoint_as_it_is(tmp_path, experim
   with Checkpoints(folder, keep=1) as checkpoints:
     checkpoints.save(state, 3)
   before = contents(folder / '3')
+  # What a kill leaves.
+  (folder / '3' / 'metrics.orbax-checkpoint-tmp').mkdir()
   for _ in range(2):
     with Checkpoints(folder, keep=1) as checkpoints:
       checkpoints.save(state, 3, {'top1': 0.5})
