@@ -18,6 +18,9 @@ from cbam_jax.cli import main
 from cbam_jax.data import open_source
 from cbam_jax.data.images import decode
 
+# tensorflow-datasets asks protobuf in a way that some of its releases mean to remove.
+pytestmark = pytest.mark.filterwarnings(r'ignore:label\(\) is deprecated:DeprecationWarning')
+
 ROOT = Path(__file__).resolve().parents[2]
 CBAM_JAX = ('-c', 'import sys; from cbam_jax.cli import main; sys.exit(main())')
 TRAIN, VALIDATION = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
