@@ -71,7 +71,6 @@ def _prepare(builder: Any, manual_dir: Path | None) -> None:
   """Runs the builder, which shows its progress."""
   tfds = require('tensorflow_datasets', 'prepare')
   options = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
-  print(f'Preparing {builder.info.full_name} in {builder.data_dir}')
   try:
     builder.download_and_prepare(download_config=options)
   except Exception as error:  # of nearly any kind: a builder is somebody else's code
