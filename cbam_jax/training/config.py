@@ -47,7 +47,7 @@ def default_config() -> ml_collections.ConfigDict:
         'num_classes': 1000,  # None: as many as the training set has
         'stem': 'imagenet',
         'group_size': ml_collections.config_dict.placeholder(int),  # None: the global batch
-        'remat': False,  # compute each block again in the backward pass, to save a device's memory
+        'remat': False,  # compute each block again in the backward pass; gains nothing on a CPU
         'fields': {},  # further fields of the network, such as {'width': 0.7}
       },
       'data': {
