@@ -10,10 +10,11 @@ from tests.chaos.runs import TIMEOUT, logged, saved_steps
 
 pytestmark = pytest.mark.chaos
 
-# At the full learning rate the last bits, in which sums over other devices differ, grow too fast.
+# At the full learning rate rounding alone, as between two optimisation levels of the compiler on
+# one device, grows past 1e-5 in ten steps. Another batch shows at any rate.
 TEN_STEPS = (
   f'--config.epochs={10 / 22}',
-  '--config.optimizer.learning_rate=0.02',
+  '--config.optimizer.learning_rate=0.002',
   '--config.log_every_steps=1',
   '--config.checkpoints.every_steps=1000',
 )
