@@ -54,7 +54,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(trainer, undistu
     (flip, 'state/_METADATA'),
     (os.remove, 'state/manifest.ocdbt'),
     (halve, 'check/metadata'),
-    (flip, 'metrics/metrics'),
+    (halve, 'metrics/metrics'),
   ],
 )
 def test_any_damaged_part_is_survived(trainer, undisturbed, tmp_path, damage, name):
