@@ -20,8 +20,8 @@ def get_config(variant: str = 'resnet18,cbam') -> ml_collections.ConfigDict:
   config.data.image_size = 28
   config.data.resized_side = None
   config.data.augmentation = 'shift_flip'
-  config.data.mean = (0.2860,)
-  config.data.std = (0.3530,)
+  config.data.mean = (0.2860,) * 3  # the files are grey, and read as RGB
+  config.data.std = (0.3530,) * 3
 
   config.optimizer.schedule = 'cosine'
   config.optimizer.warmup_epochs = 2.0

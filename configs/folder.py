@@ -3,7 +3,7 @@
   cbam-jax train --config=folder --config.data.dir=DIR --workdir=runs/mine
 
 folder:resnet50,cbam names network and attention. There are as many classes as there are folders;
-whoever sets model.num_classes gets an error when the folders are not what they should be.
+--config.model.num_classes=12 leaves room for more, and refuses a folder that has more.
 """
 
 import ml_collections

@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cbam_jax.cli import evaluate, models, train
+from cbam_jax.cli import evaluate, models, prepare, train
 from cbam_jax.errors import RunError, UserError
 
-COMMANDS = {'train': train, 'evaluate': evaluate, 'models': models}
+COMMANDS = {'train': train, 'evaluate': evaluate, 'models': models, 'prepare': prepare}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

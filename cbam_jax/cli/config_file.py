@@ -112,7 +112,7 @@ def _override(config: ConfigDict, override: str) -> None:
     value = KEYS[key].read(key, text)
   else:
     raise UserError(
-      f'the configuration has no key {key!r}.{near(key, known)} All keys: '
+      f'the configuration has no key {key!r}.{near(key, known)} Choose one of '
       f'{", ".join(sorted(known))}.'
     )
   with config.unlocked():

@@ -81,10 +81,12 @@ def decode_box(image: np.ndarray | bytes, box: Box, least: int) -> np.ndarray:
 
 
 def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  """`image`, uint8 (H, W, C), resized by interpolation; the same bits on every machine."""
+  """`image`, uint8 (H, W, C), resized by interpolation between the nearest pixels alone.
+
+  In integer arithmetic, which may be a level off, and is the same with and without vectors.
+  """
   cv2 = require('cv2', 'train')
-  # OpenCV's INTER_LINEAR is faster, but only this one is promised to be exact.
-  resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
+  resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
   return resized.reshape(height, width, image.shape[-1])
 
 

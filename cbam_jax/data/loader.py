@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing
 import os
+import threading
 from typing import Self, TypedDict, cast
 
 import jax
@@ -210,6 +212,18 @@ def _check_processes(batch_size: int) -> None:
     )
 
 
+def _end_with_parent(index: int, count: int) -> None:
+  """Ends this worker as soon as its parent is dead; if that was killed, it would wait for ever."""
+
+  def watch() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+      parent.join()
+      os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
 class BatchIterator:
   """Batches read ahead by grain, and what was wrong with them.
 
@@ -231,7 +245,8 @@ class BatchIterator:
       # grain's workers read absl's flags, which the command line has no use for.
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-      dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+      options = grain.MultiprocessingOptions(num_workers=workers)
+      dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
     self.bad_images = 0
     self._read = 0
     self._batches = iter(dataset)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from cbam_jax.data.folder import FolderSource
+from cbam_jax.data.prepared import TfdsSource
 from cbam_jax.data.records import Record, Source
-from cbam_jax.errors import UserError, check_choice, near, require
+from cbam_jax.data.synthetic import SyntheticSource
+from cbam_jax.errors import UserError, check_choice, require
 
 SPLITS = ('train', 'test')
 
@@ -56,71 +60,13 @@ def digits(split: str) -> ArraySource:
   return ArraySource(test_images, test_labels)
 
 
-# tensorflow-datasets calls the set that ImageNet is evaluated on its validation split.
-TFDS_SPLITS = {'train': ('train',), 'test': ('validation', 'test')}
-
-
-class TfdsSource:
-  """A prepared tensorflow-datasets set, read without TensorFlow; images stay encoded.
-
-  Raises:
-    UserError: If the set is unknown, not of labelled images, or not prepared under `data_dir` as
-      ArrayRecord.
-  """
-
-  def __init__(self, name: str, split: str, data_dir: str | None):
-    tfds = require('tensorflow_datasets', 'train')
-    try:
-      builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-      dataset = name.split('/')[0].split(':')[0]
-      # The community's sets are listed over the network, and with TensorFlow.
-      known = set(tfds.list_builders(with_community_datasets=False))
-      raise UserError(
-        f'tensorflow-datasets has no set {dataset!r}, nor is one of that name prepared under '
-        f'data.dir={data_dir!r}.{near(dataset, known)} All of them: '
-        'https://www.tensorflow.org/datasets/catalog.'
-      ) from error
-    except (AssertionError, ImportError, ValueError) as error:
-      raise UserError(
-        f'{name!r} is no version or variant of a tensorflow-datasets set: {error}'
-      ) from error
-    available = [s for s in TFDS_SPLITS[split] if s in builder.info.splits]
-    if not available:
-      raise UserError(
-        f'{name} has no {split} split prepared under {builder.data_dir!r}; prepare it there as '
-        'ArrayRecord (tfds build --file_format=array_record), or name another --config.data.dir.'
-      )
-    if missing := {'image', 'label'} - set(builder.info.features):
-      raise UserError(
-        f'the examples of {name} have no {" and no ".join(sorted(missing))}; choose a set for '
-        'image classification.'
-      )
-    self.num_classes = builder.info.features['label'].num_classes
-    try:
-      self._records = builder.as_data_source(
-        split=available[0], decoders={'image': tfds.decode.SkipDecoding()}
-      )
-    except NotImplementedError as error:
-      raise UserError(
-        f'{name} is prepared under {builder.data_dir!r}, but not as ArrayRecord; prepare it '
-        'elsewhere (tfds build --file_format=array_record) and name that --config.data.dir.'
-      ) from error
-
-  def __len__(self) -> int:
-    return len(self._records)
-
-  def __getitem__(self, index: int) -> Record:
-    record = self._records[index]
-    return {'image': record['image'], 'label': int(record['label'])}
-
-
 def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
   """Opens a set of examples.
 
   Args:
-    name: 'digits'; 'folder' for pictures in one folder a class; or 'tfds:NAME' for any set of
-      tensorflow-datasets, such as 'tfds:imagenet2012'.
+    name: 'digits'; 'folder' for pictures in one folder a class; 'tfds:NAME' for any set of
+      tensorflow-datasets, such as 'tfds:imagenet2012'; or 'synthetic' for noise of 224x224 in 1000
+      classes, 'synthetic:32,10' for noise of 32x32 in 10.
     split: 'train' or 'test'.
     data_dir: Where the pictures are, or where tensorflow-datasets looks; None for its default,
       ~/tensorflow_datasets.
@@ -137,7 +83,12 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     if data_dir is None:
       raise UserError("the data set is 'folder'; name its root with --config.data.dir=DIR.")
     return FolderSource(data_dir, split)
+  if name == 'synthetic':
+    return SyntheticSource(split)
+  if match := re.fullmatch(r'synthetic:(\d+),(\d+)', name):
+    return SyntheticSource(split, int(match[1]), int(match[2]))
   raise UserError(
-    f"the data set is {name!r}; allowed: 'digits', 'folder' for pictures of your own, or "
-    "'tfds:NAME' for a set of tensorflow-datasets, such as 'tfds:imagenet2012'."
+    f"the data set is {name!r}; allowed: 'digits', 'folder' for pictures of your own, "
+    "'tfds:NAME' for a set of tensorflow-datasets, such as 'tfds:imagenet2012', or 'synthetic' "
+    "for noise ('synthetic:SIDE,CLASSES' for noise of another size)."
   )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -41,8 +42,8 @@ def _random_box(height: int, width: int, rng: np.random.Generator) -> Box:
   """After ten draws that do not fit, the largest centred box within the aspects, as torchvision."""
   for _ in range(10):
     area = height * width * rng.uniform(0.08, 1.0)
-    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
       left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
       return left, top, left + w, top + h

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from absl.logging import get_absl_logger
 from orbax.checkpoint import checkpoint_managers as policies
 
 from cbam_jax.errors import RunError
@@ -50,6 +52,7 @@ class Checkpoints:
     """
     self.directory = directory.absolute()
     self._say = say
+    get_absl_logger().addFilter(_is_news)
     self._leave_out_unreadable()
     self._manager = ocp.CheckpointManager(
       self.directory,
@@ -74,6 +77,12 @@ class Checkpoints:
     error: BaseException | None,
     traceback: TracebackType | None,
   ) -> None:
+    try:
+      self._close(error)
+    finally:
+      get_absl_logger().removeFilter(_is_news)
+
+  def _close(self, error: BaseException | None) -> None:
     if error is not None:
       # What broke the run is what the user must read, not what else breaks while closing.
       try:
@@ -170,16 +179,17 @@ class Checkpoints:
         self._say(
           f'checkpoint {damaged} is damaged ({reason}); going on from checkpoint {step} instead'
         )
-        self._set_aside(self.directory / str(damaged))
+        if jax.process_index() == 0:
+          self._set_aside(self.directory / str(damaged))
       if failures:
         wait_for_all('damaged checkpoints are set aside')
         self._manager.reload()
       return state, step
     if failures:
-      listed = '; '.join(f'{step}: {reason}' for step, reason in failures.items())
+      reasons = list(dict.fromkeys(failures.values()))
       raise RunError(
-        f'none of the checkpoints in {self.directory} can be read ({listed}); '
-        f'{remedy(list(failures.values()))}'
+        f'none of the checkpoints {", ".join(map(str, failures))} in {self.directory} can be read: '
+        f'{"; ".join(reasons)}; {remedy(reasons)}'
       )
     return None
 
@@ -193,25 +203,30 @@ class Checkpoints:
 
   def _leave_out_unreadable(self) -> None:
     """Moves checkpoints aside whose metrics orbax would fail on when it opens the folder."""
-    for metrics in self.directory.glob(f'*/{METRICS}/{METRICS}'):
-      checkpoint = metrics.parent.parent
-      if checkpoint.name.isdigit() and read_metrics(checkpoint) is None:
-        self._say(f'checkpoint {checkpoint.name} is damaged (its metrics cannot be read)')
-        self._set_aside(checkpoint)
+    if jax.process_index() == 0:
+      for metrics in self.directory.glob(f'*/{METRICS}/{METRICS}'):
+        checkpoint = metrics.parent.parent
+        if checkpoint.name.isdigit() and read_metrics(checkpoint) is None:
+          self._say(f'checkpoint {checkpoint.name} is damaged (its metrics cannot be read)')
+          self._set_aside(checkpoint)
     wait_for_all('checkpoints with damaged metrics are set aside')
 
   def _set_aside(self, checkpoint: Path) -> None:
-    if jax.process_index() == 0:
-      aside = self.directory.parent / 'damaged' / checkpoint.name
-      shutil.rmtree(aside, ignore_errors=True)
-      aside.parent.mkdir(exist_ok=True)
-      shutil.move(checkpoint, aside)
+    aside = self.directory.parent / 'damaged' / checkpoint.name
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(exist_ok=True)
+    shutil.move(checkpoint, aside)
 
   def _cannot_write(self, error: Exception) -> RunError:
     return RunError(
       f'a checkpoint could not be written to {self.directory} ({first_line(error)}); the earlier '
       'ones are whole. Make room or restore access, then run the same command again.'
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """False for the tracebacks of errors that orbax both logs and raises."""
+  return record.levelno < logging.ERROR or 'orbax' not in record.pathname
 
 
 def _top1(metrics: dict[str, Any]) -> float:

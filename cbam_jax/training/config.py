@@ -47,7 +47,7 @@ def default_config() -> ml_collections.ConfigDict:
         'num_classes': 1000,  # None: as many as the training set has
         'stem': 'imagenet',
         'group_size': ml_collections.config_dict.placeholder(int),  # None: the global batch
-        'remat': False,  # compute each block again in the backward pass, to save a device's memory
+        'remat': False,  # compute each block again in the backward pass; gains nothing on a CPU
         'fields': {},  # further fields of the network, such as {'width': 0.7}
       },
       'data': {
@@ -110,8 +110,8 @@ def build_model(config: ml_collections.ConfigDict) -> Classifier:
   model = config.model
   check_choice('model.name', model.name, MODELS)
   check_choice('model.attention', model.attention, ATTENTIONS)
-  _check_types('model.fields', model.fields, MODELS[model.name])
-  _check_types('model.attention_fields', model.attention_fields, ATTENTIONS[model.attention])
+  _check_fields(config, 'name', 'fields', MODELS[model.name])
+  _check_fields(config, 'attention', 'attention_fields', ATTENTIONS[model.attention])
   attention = named_attention(model.attention, **model.attention_fields)
   return create_model(
     model.name,
@@ -173,17 +173,23 @@ def flattened(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return dict(walk(config, ''))
 
 
-def _check_types(key: str, fields: Any, factory: Any) -> None:
-  """Refuses a field of another type than the one that its module declares, where that is plain."""
+def _check_fields(config: ml_collections.ConfigDict, name: str, key: str, factory: Any) -> None:
+  """Refuses fields that the module called by `name` does not have, or has with another type."""
   while isinstance(factory, functools.partial):
     factory = factory.func
   declared = {field.name: field for field in dataclasses.fields(factory)} if factory else {}
-  for name, value in fields.items():
-    field = declared.get(name)
+  taken = sorted(declared.keys() - {'name', 'parent', 'attention'})
+  for field, value in config.model[key].items():
+    if field not in taken:
+      raise UserError(
+        f'model.{key}.{field} is no field of {config.model[name]!r}; it takes '
+        f'{", ".join(taken) or "none"}.{near(field, taken)}'
+      )
     for kind, words in KINDS.items():
-      if field and field.type in (kind, kind.__name__) and not is_a(kind, value):
+      if declared[field].type in (kind, kind.__name__) and not is_a(kind, value):
         raise UserError(
-          f'{key}.{name} is {shown(value)}; it must be {words}, such as {field.default!r}.'
+          f'model.{key}.{field} is {shown(value)}; it must be {words}, such as '
+          f'{declared[field].default!r}.'
         )
 
 
@@ -192,7 +198,7 @@ def _check_division(config: ml_collections.ConfigDict) -> None:
   devices, parts = jax.device_count(), config.accumulate
   for key, parts_of_it in (('batch_size', parts), ('eval_batch_size', 1)):
     if config[key] % (devices * parts_of_it):
-      each = f' in each of the {parts} parts' if parts_of_it > 1 else ''
+      each = f' in each of the accumulate={parts} parts' if parts_of_it > 1 else ''
       raise UserError(
         f'{key} is {config[key]}, which the {devices} devices do not divide{each}; choose a '
         f'multiple of {devices * parts_of_it}.'

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from cbam_jax.errors import RunError, UserError
 
 # A process that is silent for so long is taken for dead, and the others end.
-HEARTBEAT_SECONDS = 60
+HEARTBEAT_SECONDS = 30
 
 # Bytes of a message that the processes tell each other.
 LONGEST_FAILURE = 300

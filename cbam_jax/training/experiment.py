@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from cbam_jax.data import Batch, Source, eval_batches, open_source
@@ -76,7 +77,7 @@ class Experiment:
         f'model.num_classes is {self.config.model.num_classes} but {data.name} has '
         f'{source.num_classes} classes; set it to at least that.'
       )
-    height, width, channels = decode(source[0]['image']).shape
+    height, width, channels = _first_image(source, f'{split} images of {data.name}').shape
     if channels != len(data.mean):
       raise UserError(
         f'data.mean is {data.mean} but the images of {data.name} have {channels} channels; give '
@@ -145,7 +146,7 @@ class Experiment:
 
   @functools.cached_property
   def _create_state(self) -> Any:
-    channels = decode(self.test_source[0]['image']).shape[-1]
+    channels = _first_image(self.test_source, 'test images').shape[-1]
     size = self.config.data.image_size
     return functools.partial(
       create_state,
@@ -263,6 +264,22 @@ class Experiment:
       metrics = self._eval_step(variables, to_devices(batch, self.mesh))
       sums = metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
     return means(jax.device_get(sums))
+
+
+def _first_image(source: Source, what: str) -> np.ndarray:
+  """The first image that can be read."""
+  tried = min(len(source), 100)
+  reason: object = 'there are none'
+  for index in range(tried):
+    try:
+      return decode(source[index]['image'])
+    except UserError:
+      raise
+    except Exception as error:  # Pillow raises nearly anything on a damaged file
+      reason = error
+  raise UserError(
+    f'none of the first {tried} {what} can be read ({reason}); check the data set and data.dir.'
+  )
 
 
 def _named(fields: dict[str, Any]) -> str:

@@ -61,23 +61,30 @@ class _Run:
 
   def run(self) -> dict[str, float] | None:
     """Trains from the newest checkpoint to the last step."""
+    self.folder.check(self.config)
+    try:
+      with self.folder.locked(), contextlib.ExitStack() as stack:
+        return self._run(stack)
+    except OSError as error:
+      raise RunError(
+        f'{self.folder.root} cannot be written ({error}); its checkpoints are whole. Make room or '
+        'restore access, then run the same command again.'
+      ) from error
+
+  def _run(self, stack: contextlib.ExitStack) -> dict[str, float] | None:
     config, folder = self.config, self.folder
-    folder.check(config)
-    with folder.locked(), contextlib.ExitStack() as stack:
-      self.interruption = stack.enter_context(Interruption())
-      self.checkpoints = stack.enter_context(
-        Checkpoints(folder.checkpoints, config.checkpoints.keep, self._say)
-      )
-      found = self.checkpoints.restore_newest(self.abstract_state)
-      state, start = found or (self.experiment.new_state(), 0)
-      folder.claim(config)
-      title = f'{config.model.name} + {config.model.attention} on {config.data.name}'
-      self.report = stack.enter_context(
-        Report(folder, title, self.total_steps, start, self.console)
-      )
-      self.report.say(self._introduction(start))
-      with jax.transfer_guard('disallow'):
-        return self._train(state, start)
+    self.interruption = stack.enter_context(Interruption())
+    self.checkpoints = stack.enter_context(
+      Checkpoints(folder.checkpoints, config.checkpoints.keep, self._say)
+    )
+    found = self.checkpoints.restore_newest(self.abstract_state)
+    state, start = found or (self.experiment.new_state(), 0)
+    folder.claim(config)
+    title = f'{config.model.name} + {config.model.attention} on {config.data.name}'
+    self.report = stack.enter_context(Report(folder, title, self.total_steps, start, self.console))
+    self.report.say(self._introduction(start))
+    with jax.transfer_guard('disallow'):
+      return self._train(state, start)
 
   def _train(self, state: TrainState, start: int) -> dict[str, float] | None:
     config, experiment = self.config, self.experiment

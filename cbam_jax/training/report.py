@@ -100,5 +100,8 @@ class Report:
       self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
   def _draw(self) -> None:
-    draw_curves(self.workdir.metrics(), self.workdir.curves_file, self.title)
     self._drawn = time.monotonic()
+    try:
+      draw_curves(self.workdir.metrics(), self.workdir.curves_file, self.title)
+    except OSError as error:  # a picture is no reason to stop, or to hide the reason for a stop
+      self.say(f'{self.workdir.curves_file} could not be drawn: {error}')

@@ -105,8 +105,8 @@ def make_train_step(
   """The function from a state and a batch to the next state and the batch's metrics.
 
   The loss is the mean over the global batch; under a sharded `jit` the compiler reduces its
-  gradients over the devices, once a step. A step whose loss or gradient is not finite changes
-  nothing but the counts of steps.
+  gradients over the devices, once for each part of a batch. A step whose loss or gradient is not
+  finite changes nothing but the counts of steps.
 
   Args:
     model: The network.

@@ -119,6 +119,7 @@ def _difference(stored: Any, like: TrainState) -> str:
     for tree in (stored, ocp.tree.serialize_tree(like, keep_empty_nodes=True))
   )
   names = sorted({name for name, _ in there.items() ^ here.items()})
+  names.sort(key=lambda name: not name.startswith('params'))  # the others mostly follow from them
   shown = [
     f'{name}: {there.get(name, "none")} there, {here.get(name, "none")} here' for name in names
   ]
@@ -138,6 +139,9 @@ def fingerprint(state: TrainState) -> jax.Array:
   return total
 
 
-def first_line(error: Exception) -> str:
-  """What an error says, short enough for a message."""
-  return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def first_line(error: BaseException) -> str:
+  """What an error's first cause says, short enough for a message."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  text = (str(error).splitlines() or [type(error).__name__])[0]
+  return text if len(text) < 260 else f'{text[:120]} ... {text[-120:]}'  # the reason comes last

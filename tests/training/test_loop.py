@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, and that an interruption leaves no trace."""
 
+import gc
 import io
 import json
 import math
@@ -251,6 +252,45 @@ def test_evaluate_needs_a_run_with_a_checkpoint(tiny_config, tmp_path):
     evaluate(str(tmp_path))
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # orbax's reads
+def test_evaluate_says_that_a_checkpoint_is_damaged(finished):
+  folder, _ = finished
+  for checkpoint in (folder / 'checkpoints').iterdir():
+    for array in (checkpoint / 'state').rglob('*ocdbt'):
+      array.write_bytes(array.read_bytes()[:-9])
+  before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+  with pytest.raises(RunError, match=r'checkpoint .* cannot be read: .*restore it from a backup'):
+    evaluate(str(folder))
+  gc.collect()
+  assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
+
+
+def test_a_run_that_cannot_be_restored_keeps_its_configuration(tiny_config, finished, train):
+  folder, _ = finished
+  for checkpoint in (folder / 'checkpoints').iterdir():
+    (checkpoint / 'check' / 'metadata').unlink()
+  before = (folder / 'config.json').read_bytes()
+  tiny_config.epochs = 5
+  with pytest.raises(RunError, match=r'none of the checkpoints .* can be read'):
+    train(tiny_config, folder)
+  assert (folder / 'config.json').read_bytes() == before
+
+
+def test_a_disk_that_cannot_be_written_is_named(tiny_config, monkeypatch, train, tmp_path):
+  def full(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(loop.Report, 'log', full)
+  with pytest.raises(RunError, match=r'cannot be written \(.*No space left.* Make room'):
+    train(tiny_config, tmp_path)
+
+
+def test_a_picture_that_cannot_be_drawn_stops_nothing(tiny_config, tmp_path):
+  (tmp_path / 'curves.png').mkdir()
+  assert 'curves.png could not be drawn' in output(tiny_config, tmp_path)
+  assert lines(tmp_path)[-1]['step'] == 12
+
+
 # ---- a loss that is not finite ---------------------------------------------------------------
 
 
@@ -267,6 +307,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, train, tmp_path):
     train(tiny_config, tmp_path)
   assert lines(tmp_path) == []
   assert not [path for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit()]
+
+
+def test_a_learning_rate_too_high_leaves_the_checkpoint_before(
+  tiny_config, finished, train, tmp_path
+):
+  folder, _ = finished
+  tiny_config.epochs = 4
+  tiny_config.optimizer.learning_rate = 1e30
+  with pytest.raises(RunError, match=r'not finite at step 1[345]; the newest checkpoint is from'):
+    train(tiny_config, folder)
+  assert lines(folder)[-1]['step'] == 12
+  tiny_config.optimizer.learning_rate = 0.3
+  assert train(tiny_config, folder)['count'] == 20
+
+
+def test_as_many_steps_as_allowed_are_passed_over(tiny_config, tmp_path):
+  tiny_config.optimizer.learning_rate = 1e30
+  tiny_config.skip_nonfinite = 3
+  tiny_config.eval_every_epochs = 3
+  console = Console(file=io.StringIO(), width=200)
+  with pytest.raises(RunError, match=r'at step [56], nor in the 3 steps before it'):
+    loop.train(tiny_config, str(tmp_path), console)
+  assert console.file.getvalue().count('and was passed over') == 3
 
 
 # ---- what a person sees ----------------------------------------------------------------------

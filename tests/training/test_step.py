@@ -82,6 +82,18 @@ def test_what_is_masked_cannot_spoil_a_metric():
   }
 
 
+def test_equal_logits_rank_by_class_and_nothing_is_right_without_a_number():
+  logits = jnp.array([[1.0, 2, 2, 0, 0, 0, 0]] * 4 + [[1.0, np.nan, 0, 0, 0, 0, 0]] * 2)
+  labels = jnp.array([1, 2, 5, 6, 0, 1])
+  # Ranks 1, 2, 6 and 7; what is no number ranks before class 0, and never right.
+  metrics = sum_metrics(logits, jnp.zeros(6), labels, np.ones(6, bool))
+  assert (metrics['top1'], metrics['top5']) == (1, 3)
+  _, ranked = jax.lax.top_k(logits[:4], 5)
+  assert [int(label) in row for label, row in zip(labels, ranked.tolist(), strict=False)] == [
+    *(True, True, False, False)
+  ]
+
+
 def test_normalizer_by_hand():
   images = np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 3)
   normalized = normalizer((0.5, 0.25, 0.2), (0.5, 0.25, 0.1))(images)

@@ -1,6 +1,7 @@
 """The run's folder: whose it is, and what it says after an interruption."""
 
 import json
+import os
 
 import pytest
 
@@ -98,6 +99,18 @@ def test_a_file_is_no_folder(tmp_path, tiny_config):
   assert contents(tmp_path) == {'file': b'mine'}
 
 
+def test_one_run_holds_the_folder(tmp_path):
+  with Workdir(tmp_path / 'run').locked():
+    for _ in range(2):
+      refused = pytest.raises(
+        UserError, match=rf'in use by another run \(process {os.getpid()} on '
+      )
+      with refused, Workdir(tmp_path / 'run').locked():
+        pass
+  with Workdir(tmp_path / 'run').locked():
+    pass
+
+
 # ---- metrics ---------------------------------------------------------------------------------
 
 LINES = [json.dumps({'step': step, 'loss': step / 8}) for step in (2, 4, 4, 6)]
@@ -110,6 +123,20 @@ def test_metrics_are_read_in_order_without_a_line_cut_short(tmp_path):
   assert [entry['step'] for entry in workdir.metrics()] == [2, 4, 4, 6]
   workdir.metrics_file.write_text('\n'.join(LINES)[:-4])
   assert [entry['step'] for entry in workdir.metrics()] == [2, 4, 4]
+
+
+@pytest.mark.parametrize(
+  'damaged', [b'{"step": 4, "lo\xff": 1}', b'[4]', b'4', b'{"stap": 4}', b'']
+)
+def test_a_damaged_line_costs_no_other(tmp_path, damaged):
+  workdir = Workdir(tmp_path)
+  lines = [line.encode() for line in LINES]
+  lines[1] = damaged
+  workdir.metrics_file.write_bytes(b'\n'.join(lines) + b'\n')
+  assert [entry['step'] for entry in workdir.metrics()] == [2, 4, 6]
+  workdir.forget_after(4)
+  assert [entry['step'] for entry in workdir.metrics()] == [2, 4]
+  assert workdir.last_test(4) is None
 
 
 @pytest.mark.parametrize(('step', 'kept'), [(0, 0), (3, 1), (4, 3), (6, 4), (9, 4)])
