@@ -104,6 +104,8 @@ def measure(runners: dict[str, Runner], rounds: int) -> dict[str, list[float]]:
   seconds: dict[str, list[float]] = {name: [] for name in runners}
   for number in range(rounds + 1):
     for name, run in runners.items():
+      # The threads of the peer before spin for a while once they are idle.
+      time.sleep(0.3)
       start = time.perf_counter()
       run()
       if number:
