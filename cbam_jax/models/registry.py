@@ -62,8 +62,9 @@ def create_model(name: str, *, attention: str | LayerFactory = 'none', **fields:
     attention: 'none', 'se', 'cbam' (in every block), 'bam' (between stages), or a callable that
       makes a linen module whose `__call__` takes `(x, *, train)`: a module class or a
       `functools.partial` of one. It is called as `attention(name='attention')`, or with nothing
-      where it takes no name. A partial of `BAM` stands between stages as well. Where it has
-      fields `param_dtype` and `group_size` and leaves them alone, they are the network's.
+      where it takes no name. A partial of `BAM` stands between stages as well. Where a class or
+      partial has fields `param_dtype` and `group_size` and leaves them alone, they are the
+      network's; a function, which writes the call itself, chooses them.
     **fields: Fields of the network: `num_classes=1000`, `stem='imagenet' | 'cifar'`,
       `dtype`, `param_dtype`, `group_size`; `width`; for ResNets `stride_in_1x1`; and the others
       of `ResNet`, `MobileNetV1` and `VGG`.
