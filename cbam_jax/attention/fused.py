@@ -132,7 +132,8 @@ def spatial_pools(
 
 
 def _mean(x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
-  return _dot(x, scale) / x.shape[2] + jnp.mean(offset, 2)
+  # Divided first, so that `x * scale` is not an expression in common with the maximum's.
+  return jnp.sum(x * (scale / x.shape[2]), 2) + jnp.mean(offset, 2)
 
 
 def _dot(x: jax.Array, vector: jax.Array) -> jax.Array:
