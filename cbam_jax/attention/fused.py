@@ -69,13 +69,18 @@ def _wide(x: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def channel_pools(x: jax.Array, scale: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The average and the maximum of `x * scale + offset` over positions, both (N, C)."""
-  values, sign = _wide(x), _sign(scale)
-  return _mapped(jnp.mean(values, 1), jnp.max(values * sign, 1) * sign[:, 0], scale, offset)
+  values, sign = _wide(x), jnp.sign(scale)
+  peak = jnp.max(values * sign, 1)
+  return _mapped(jnp.mean(values, 1), _extreme(peak, values, sign), scale, offset)
 
 
-def _sign(scale: jax.Array) -> jax.Array:
-  # Under a negative scale the least element is the greatest. Exact: 1 and -1 round nothing.
-  return jnp.where(scale < 0, -1, 1).astype(scale.dtype)
+def _extreme(peak: jax.Array, values: jax.Array, sign: jax.Array) -> jax.Array:
+  """The element that the map takes to its maximum, from the maximum of `values * sign`.
+
+  Under a negative scale it is the least element, under none the first. Signs round nothing.
+  """
+  sign = sign[:, 0]
+  return jnp.where(sign == 0, values[:, 0], peak * sign)
 
 
 def _mapped(
@@ -86,10 +91,10 @@ def _mapped(
 
 
 def _channel_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Any:
-  values, sign = _wide(x), _sign(scale)
+  values, sign = _wide(x), jnp.sign(scale)
   average = jnp.mean(values, 1)
   peak, position = _peak(values, sign, jnp.zeros_like(sign), 1)
-  extreme = peak * sign[:, 0]
+  extreme = _extreme(peak, values, sign)
   return _mapped(average, extreme, scale, offset), (x, scale, average, extreme, position)
 
 
@@ -174,12 +179,19 @@ def gate_and_add(
   The cotangent of `x` is that of `x * scale + offset`, and `scale` and `offset` have none: see
   `spatial_pools`.
   """
+  return _gate_and_add(x, scale, offset, gate, shortcut)
+
+
+def _gate_and_add(
+  x: jax.Array, scale: jax.Array, offset: jax.Array, gate: jax.Array, shortcut: jax.Array
+) -> jax.Array:
   total = _wide(x) * (scale * gate) + (offset * gate + shortcut)
   return nn.relu(total).astype(shortcut.dtype)
 
 
 def _gate_and_add_forward(*inputs: jax.Array) -> Any:
-  out = gate_and_add(*inputs)
+  # Not by `gate_and_add`, whose cotangents are no derivatives: a second derivative comes by here.
+  out = _gate_and_add(*inputs)
   x, scale, offset, gate, _ = inputs
   return out, (x, scale, offset, gate, out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,10 +77,11 @@ def _find(name: str) -> Path:
 
 
 def _load(path: Path) -> types.ModuleType:
-  spec = importlib.util.spec_from_file_location('config', path)
+  spec = importlib.util.spec_from_file_location(f'cbam_jax configuration {path}', path)
   if spec is None or spec.loader is None:
     raise UserError(f'{path} is not a Python file; name one that ends in .py.')
   module = importlib.util.module_from_spec(spec)
+  sys.modules[module.__name__] = module  # where a dataclass of the file looks for its own types
   spec.loader.exec_module(module)
   return module
 

@@ -148,12 +148,13 @@ def _decode_jpeg(image: bytes, frame: _Frame, bottom: int, shrink: int) -> np.nd
   asked for, those asked for do not depend on it: upsampled colours look one sample down.
   """
   height = min(frame.height, bottom + 2 * shrink)
+  simplejpeg = require('simplejpeg', 'train')
   data: bytes | bytearray = image
   if frame.sequential and height < frame.height:
     data = bytearray(image)
     struct.pack_into('>H', data, frame.offset, height)
   try:
-    return require('simplejpeg', 'train').decode_jpeg(
+    return simplejpeg.decode_jpeg(
       data,
       min_height=-(height // -shrink),
       min_width=-(frame.width // -shrink),

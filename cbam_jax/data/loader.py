@@ -269,8 +269,9 @@ class BatchIterator:
     for at in range(index, index + bad):
       name = _name(self._source, at % len(self._source))
       logger.warning('image %s cannot be read; another takes its place', name)
-    # Of a set not yet read whole, a share of the whole may be bad.
-    if self.bad_images > self._bad_share * max(self._read, len(self._source)):
+    # Of a set not yet read whole, a share of the whole may be bad, of which this is one's part.
+    part = len(self._source) / jax.process_count()
+    if self.bad_images > self._bad_share * max(self._read, part):
       raise RunError(
         f'{self.bad_images} of {self._read} images read cannot be decoded, more than the allowed '
         f'share of {self._bad_share:.2%}; mend the data set (the log names them), or allow more '

@@ -7,8 +7,8 @@ from typing import Any
 from cbam_jax.data.records import Record
 from cbam_jax.errors import UserError, near, require
 
-# tensorflow-datasets calls the set that ImageNet is evaluated on its validation split.
-SPLITS = {'train': ('train',), 'test': ('validation', 'test')}
+# ImageNet's test images have no labels, so that all evaluate on its validation split.
+UNLABELLED_TESTS = ('imagenet2012',)
 
 
 class TfdsSource:
@@ -25,7 +25,7 @@ class TfdsSource:
   def __init__(self, name: str, split: str, data_dir: str | None):
     tfds = require('tensorflow_datasets', 'train')
     builder = find_builder(name, data_dir)
-    available = [s for s in SPLITS[split] if s in builder.info.splits]
+    available = [s for s in _splits(builder.name, split) if s in builder.info.splits]
     if not available:
       raise UserError(
         f'{name} has no {split} split prepared under {str(builder.data_dir)!r}; prepare it with '
@@ -44,6 +44,13 @@ class TfdsSource:
   def __getitem__(self, index: int) -> Record:
     record = self._records[index]
     return {'image': record['image'], 'label': int(record['label'])}
+
+
+def _splits(name: str, split: str) -> tuple[str, ...]:
+  """What tensorflow-datasets may call a split, the preferred name first."""
+  if split == 'train':
+    return ('train',)
+  return ('validation',) if name in UNLABELLED_TESTS else ('test', 'validation')
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:
@@ -68,10 +75,20 @@ def find_builder(name: str, data_dir: str | None) -> Any:
     raise UserError(
       f'{name!r} is no version or variant of a tensorflow-datasets set: {error}'
     ) from error
+  except Exception as error:  # a damaged folder makes it raise nearly anything
+    raise UserError(
+      f'{name} under {data_dir!r} cannot be opened ({error}); prepare it anew with '
+      f'`cbam-jax prepare {name} --data-dir DIR`.'
+    ) from error
   if missing := {'image', 'label'} - set(builder.info.features or {}):
     raise UserError(
       f'the examples of {name} have no {" and no ".join(sorted(missing))}; choose a set for '
       'image classification.'
+    )
+  if not isinstance(builder.info.features['label'], tfds.features.ClassLabel):
+    raise UserError(
+      f'the labels of {name} are {builder.info.features["label"]}, not one class an image; choose '
+      'a set for image classification.'
     )
   return builder
 

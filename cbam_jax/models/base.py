@@ -143,7 +143,7 @@ def finish_block(
     train: Whether batch norms use (and record) the batch's statistics.
   """
   refine = None if attention is None else attention(name='attention')
-  if isinstance(refine, CBAM) and refine.fusible and refine.implementation != 'plain':
+  if type(refine) is CBAM and refine.fusible and refine.implementation != 'plain':
     scale, offset = norm.affine(x, train=train)
     return refine.finish_block(x, scale, offset, shortcut, train=train)
   x = norm(x, train=train)

@@ -55,7 +55,8 @@ def joined(
         f'--process-id is {process_id} of --num-processes={num_processes}; number the processes '
         'from 0 to one less than their count.'
       )
-    if ':' not in str(coordinator):
+    host, _, port = str(coordinator).rpartition(':')
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
       raise UserError(
         f'--coordinator is {coordinator!r}; give HOST:PORT of the first process, such as '
         '10.0.0.1:1234.'
@@ -68,7 +69,10 @@ def joined(
     alone = 'coordinator_address' in str(error)
     already = 'must be called before' in str(error)
     if not missing or not (alone or already):
-      raise
+      raise RunError(
+        f'the processes could not be joined ({error}); check that all were started, that each has '
+        'its own number, and that the first one can be reached from the others.'
+      ) from error
     # JAX found no cluster around this process, or the caller has set up its devices already.
   try:
     yield

@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from cbam_jax.training.experiment import Experiment
-from cbam_jax.training.stored import best_step, restore
+from cbam_jax.training.stored import CheckpointError, best_step, restore
 from cbam_jax.training.workdir import Workdir
 
 
@@ -27,7 +27,15 @@ def evaluate(workdir: str) -> dict[str, Any]:
   folder = Workdir(workdir)
   experiment = Experiment(_for_evaluation(folder.config()))
   step = best_step(folder.checkpoints)
-  state = restore(folder.checkpoints / str(step), experiment.abstract_state)
+  while True:
+    try:
+      state = restore(folder.checkpoints / str(step), experiment.abstract_state)
+      break
+    except CheckpointError:
+      # The run may have found a better one meanwhile, and dropped this.
+      if (now := best_step(folder.checkpoints)) == step:
+        raise
+      step = now
   return {'step': step, **(experiment.evaluate(state.variables) or {})}
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from cbam_jax.data import Batch, train_batches
 from cbam_jax.errors import RunError, UserError
 from cbam_jax.training.checkpoints import Checkpoints
+from cbam_jax.training.distributed import from_first
 from cbam_jax.training.experiment import Experiment
 from cbam_jax.training.interruption import Interruption
 from cbam_jax.training.meter import Meter
@@ -90,7 +91,9 @@ class _Run:
     config, experiment = self.config, self.experiment
     meter = Meter(self.report, config.log_every_steps, self.steps_per_epoch, config.skip_nonfinite)
     result = self.folder.last_test(start)
-    if start and self._evaluates_after(start) and result is None:
+    # A shared disk may show the processes different files, and all must do the same.
+    evaluated = from_first(result is not None)
+    if start and self._evaluates_after(start) and not evaluated:
       # The run was interrupted between the step and the end of its evaluation.
       result = self._evaluate(state, start)
       if result is None:

@@ -133,7 +133,10 @@ def fingerprint(state: TrainState) -> jax.Array:
   for number, array in enumerate(jax.tree.leaves(state)):
     words = array if array.dtype == jnp.int32 else array.astype(jnp.float32)
     words = lax.bitcast_convert_type(words, jnp.uint32).reshape(-1)
-    # Odd factors, so that a change of any single bit, or a swap of two elements, shows.
+    # Mixed, so that arrays of related numbers differ in all bits; times odd factors, so that
+    # their places count.
+    words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
+    words ^= words >> 13
     factors = 2 * lax.iota(jnp.uint32, words.size) + np.uint32(2 * number + 1)
     total += jnp.sum(words * factors, dtype=jnp.uint32)
   return total

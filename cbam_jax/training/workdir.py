@@ -111,20 +111,19 @@ class Workdir:
     Raises:
       UserError: If the folder holds no run.
     """
+    config = default_config()
     try:
-      stored = json.loads(self.config_file.read_text())
+      with config.unlocked():
+        config.update(json.loads(self.config_file.read_text()))
     except (FileNotFoundError, NotADirectoryError):
       raise UserError(
         f'{self.root} holds no run (there is no {self.config_file.name}); name the --workdir that '
         'a training was started with.'
       ) from None
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, OSError) as error:
       raise UserError(
         f'{self.config_file} cannot be read ({error}); restore it, or start a new run elsewhere.'
       ) from error
-    config = default_config()
-    with config.unlocked():
-      config.update(stored)
     return config
 
   def metrics(self) -> Iterator[dict[str, Any]]:

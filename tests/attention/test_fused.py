@@ -119,6 +119,55 @@ def test_jit_changes_no_gradient(x64):
   assert_close(jitted, eager, 1e-12)
 
 
+def test_second_derivatives(x64):
+  x, shortcut = inputs((2, 4, 3, 8), jnp.float64)
+
+  def squared_gradient(implementation):
+    ending = Ending(implementation)
+    variables = random_variables(ending, x, shortcut, train=False)
+
+    def total(x):
+      y, _ = ending.apply(variables, x, shortcut, train=True, mutable=['batch_stats'])
+      return jnp.sum(jnp.square(y))
+
+    return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(jax.grad(total)(x)))))(x)
+
+  assert_close(squared_gradient('fused'), squared_gradient('plain'), 1e-10)
+
+
+def test_a_scale_of_zero_takes_the_first_element(x64):
+  x, shortcut = inputs((2, 4, 3, 8), jnp.float64)
+
+  def scale_gradient(implementation):
+    ending = Ending(implementation)
+    variables = random_variables(ending, x, shortcut, train=False)
+    norm = variables['params']['norm']
+    norm['scale'] = norm['scale'].at[2].set(0.0)
+
+    def total(params):
+      y, _ = ending.apply(
+        {**variables, 'params': params}, x, shortcut, train=True, mutable=['batch_stats']
+      )
+      return jnp.sum(jnp.square(y))
+
+    return jax.grad(total)(variables['params'])['norm']
+
+  assert_close(scale_gradient('fused'), scale_gradient('plain'), 1e-10)
+
+
+def test_a_subclass_is_called():
+  class Louder(CBAM):
+    def __call__(self, x, *, train):
+      return 100 * super().__call__(x, train=train)
+
+  def output(attention):
+    model = ResNet(stage_sizes=(1,), attention=attention, num_classes=3)
+    images = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
+    return model.apply(model.init(jax.random.key(1), images, train=False), images, train=False)
+
+  assert not np.allclose(output(Louder), output(CBAM))
+
+
 def test_under_a_negative_scale_the_least_element_is_the_maximum():
   x = jnp.array([[[1.0, 1.0], [-3.0, -3.0], [2.0, 2.0]]])
   scale, offset = jnp.array([[[2.0, -2.0]]]), jnp.array([[[0.5, 0.5]]])
