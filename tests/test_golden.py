@@ -75,6 +75,15 @@ NETWORKS = [
   network('timm_seresnet50', 'resnet50', 'se'),
   network('timm_resnet50_cbam', 'resnet50', TIMM_CBAM),
 ]
+# Those whose layers are all in a network that is left.
+SLOW = (
+  'official_imagenet_resnet18_none',
+  'official_imagenet_resnet18_bam',
+  'official_imagenet_resnet18_cbam',
+  'official_imagenet_resnet50_none',
+  'official_imagenet_resnet50_bam',
+  'timm_seresnet50',
+)
 BIASED = network('timm_resnet50_cbam', 'resnet50', 'cbam')
 VGG16 = network('torchvision_vgg16', 'vgg16')
 
@@ -203,7 +212,9 @@ def test_module(case, prepare, weights, x64):
   assert_matches(case, ready, inner_product, target, order=channels_first)
 
 
-@cases(NETWORKS)
+@cases(
+  [pytest.param(case, marks=pytest.mark.slow) if case.file in SLOW else case for case in NETWORKS]
+)
 def test_network(case, prepare, x64):
   ready = prepare(case, jnp.float64)
   assert_matches(case, ready, cross_entropy, jnp.array(case.labels), order=np.asarray)

@@ -77,7 +77,7 @@ class ChannelAttention(nn.Module):
         "for example ('avg', 'max')."
       )
     for pool in self.pools:
-      check_choice('a pool of channel attention', pool, POOLS)
+      check_choice('one of the pools of channel attention', pool, POOLS)
     super().__post_init__()
 
   @nn.compact

@@ -133,8 +133,8 @@ class MobileNetV1(Classifier):
   def __post_init__(self) -> None:
     if not (isinstance(self.width, (int, float)) and 1 <= 32 * self.width < math.inf):
       raise UserError(
-        f'width is {self.width!r}; it multiplies the 32 channels of the stem and must leave at '
-        'least one. The paper uses 1.0 and 0.7.'
+        f'width is {self.width!r}; it must be a number of at least 1/32, to leave one of the 32 '
+        'channels of the stem. The paper uses 1.0 and 0.7.'
       )
     super().__post_init__()
 

@@ -161,8 +161,8 @@ class ResNet(Classifier):
   def __post_init__(self) -> None:
     if not (isinstance(self.width, (int, float)) and 1 <= 64 * self.width < math.inf):
       raise UserError(
-        f'width is {self.width!r}; it multiplies the 64 channels of the first stage and must leave '
-        'at least one. The paper uses 1.0, 1.5 and 2.0.'
+        f'width is {self.width!r}; it must be a number of at least 1/64, to leave one of the 64 '
+        'channels of the first stage. The paper uses 1.0, 1.5 and 2.0.'
       )
     super().__post_init__()
 

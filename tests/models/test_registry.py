@@ -144,7 +144,7 @@ def test_group_size_is_handed_to_every_norm(name, attention):
   sizes = []
 
   def note(call, args, kwargs, context):
-    if isinstance(context.module, BatchNorm) and context.method_name == '__call__':
+    if isinstance(context.module, BatchNorm) and context.method_name == 'affine':
       sizes.append(context.module.group_size)
     return call(*args, **kwargs)
 
@@ -193,9 +193,9 @@ def test_param_dtype_is_handed_to_the_attention(x64):
     (lambda: create_model('resnet18', num_classes=0), ['0', 'at least 1']),
     (lambda: create_model('resnet18', num_classes=2.5), ['2.5', 'integer']),
     (lambda: create_model('resnet18', stem='cifar10'), ["'cifar10'", "mean 'cifar'"]),
-    (lambda: create_model('mobilenet_v1', width=0.01), ['0.01', 'at least one', '0.7']),
-    (lambda: create_model('mobilenet_v1', width='wide'), ["'wide'", 'at least one', '0.7']),
-    (lambda: create_model('resnet18', width=0), ['is 0', 'at least one', '1.5']),
+    (lambda: create_model('mobilenet_v1', width=0.01), ['0.01', 'at least 1/32', '0.7']),
+    (lambda: create_model('mobilenet_v1', width='wide'), ["'wide'", 'at least 1/32', '0.7']),
+    (lambda: create_model('resnet18', width=0), ['is 0', 'at least 1/64', '1.5']),
     (lambda: make('resnet18', 'bam', stage_attention=BAM), ['both', 'stage_attention', 'one of']),
     # A module instead of what makes one.
     (lambda: make('resnet18', CBAM()), ['CBAM', 'functools.partial']),
