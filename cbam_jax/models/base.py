@@ -127,7 +127,7 @@ def run_block(block: nn.Module, x: jax.Array, *, train: bool, remat: bool) -> ja
   def run(block: Any, x: jax.Array) -> jax.Array:
     return block(x, train=train)
 
-  return jax.lax.optimization_barrier((nn.remat(run) if remat else run)(block, x))
+  return (nn.remat(run) if remat else run)(block, x)
 
 
 def finish_block(
