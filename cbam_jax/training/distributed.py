@@ -109,7 +109,9 @@ def from_first(number: int) -> int:
   """The first process's `number`, on all."""
   if jax.process_count() == 1:
     return number
-  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+  # The guard that the loop keeps is against transfers by mistake.
+  with jax.transfer_guard('allow'):
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def wait_for_all(reason: str) -> None:

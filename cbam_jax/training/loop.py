@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import jax
 import ml_collections
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 from cbam_jax.data import Batch, train_batches
@@ -163,11 +162,9 @@ class _Run:
       return step % every == 0
     # The clocks of several processes differ, and all must save alike: the first one's counts.
     due = time.monotonic() - saved > 60 * self.config.checkpoints.every_minutes
-    if jax.process_count() == 1:
-      return due
-    if step % self.config.log_every_steps:
+    if jax.process_count() > 1 and step % self.config.log_every_steps:
       return False
-    return bool(multihost_utils.broadcast_one_to_all(due))
+    return bool(from_first(due))
 
   def _evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
     result = self.experiment.evaluate(
