@@ -43,9 +43,9 @@ class SpatialAttention(nn.Module):
     check_choice('the pool of spatial attention', self.pool, SPATIAL_POOLS)
     if not (isinstance(self.kernel_size, int) and self.kernel_size >= 1 and self.kernel_size % 2):
       raise UserError(
-        f"spatial attention's kernel_size (CBAM's spatial_kernel) is {self.kernel_size!r}; it must be "
-        'a positive odd integer, or the map would shift against the features. The paper compares 3 '
-        'and 7.'
+        f"spatial attention's kernel_size (CBAM's spatial_kernel) is {self.kernel_size!r}; it must "
+        'be a positive odd integer, or the map would shift against the features. The paper '
+        'compares 3 and 7.'
       )
     super().__post_init__()
 
