@@ -74,3 +74,8 @@ def require(module: str, extra: str) -> ModuleType:
       f'{module.split(".")[0]} cannot be imported ({error}); it comes with an extra: '
       f"pip install 'cbam-jax[{extra}]'."
     ) from error
+
+
+def first_line(error: BaseException) -> str:
+  """The first line of what `error` says, or its type if it says nothing."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -154,14 +154,10 @@ class CBAM(nn.Module):
     Returns:
       The block's output, of the shape and type of `shortcut`.
     """
-
-    def flat(vector: jax.Array) -> jax.Array:
-      return vector.reshape(vector.shape[0], 1, vector.shape[-1])
-
     return refine_and_add(
       x,
-      flat(scale),
-      flat(offset),
+      scale,
+      offset,
       shortcut,
       self.channel.logits_of,
       functools.partial(self.spatial.logits_of, train=train),

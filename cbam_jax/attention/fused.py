@@ -9,7 +9,8 @@ but `x`, which the batch norm keeps anyway, and the block's output, which the ne
 Maxima carry the positions of their elements (see `cbam_jax.layers.max_over_axis`). The passes
 write the map in different ways on purpose: XLA would compute a common expression once and store it.
 
-Shapes: `x` is (N, P, C) with P positions; `scale` and `offset` (N or 1, 1, C).
+Shapes: `x` is (N, P, C) with P positions; `scale` and `offset` (N, 1, C), before the channel gate
+also (1, 1, C).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def refine_and_add(
 
   Args:
     x: (N, *spatial, C).
-    scale: Broadcastable to (N, 1, C), float32 at the least, as all gates and sums are.
+    scale: (N or 1, 1, ..., C), float32 at the least, as all gates and sums are.
     offset: Likewise.
     shortcut: Like `x`.
     channel_logits: From the average and the maximum over positions, both (N, C), to (N, C).
@@ -49,6 +50,7 @@ def refine_and_add(
   """
   n, *spatial, c = x.shape
   flat = x.reshape(n, math.prod(spatial), c)
+  scale, offset = (v.reshape(v.shape[0], 1, c) for v in (scale, offset))
   average, peak = channel_pools(flat, scale, offset)
   gate = nn.sigmoid(channel_logits(average, peak))[:, None]
   scale, offset = scale * gate, offset * gate

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cbam_jax.errors import UserError, require
+from cbam_jax.errors import UserError, first_line, require
 
 WRAPPERS = ('state_dict', 'model')
 PREFIXES = ('module.', '_orig_mod.')  # of DataParallel, and of torch.compile
@@ -87,17 +87,13 @@ def _read_torch(path: Path) -> Any:
   except pickle.UnpicklingError as error:
     raise UserError(
       f'{path} is damaged, or holds Python objects that are not safe to load '
-      f'({_first_line(error)}). Fetch it again, or save the tensors alone where you trust it: '
+      f'({first_line(error)}). Fetch it again, or save the tensors alone where you trust it: '
       'torch.save(model.state_dict(), path).'
     ) from error
   except Exception as error:  # a damaged file makes torch raise nearly anything
     raise UserError(
-      f'{path} is damaged or not a PyTorch file ({_first_line(error)}); fetch it again.'
+      f'{path} is damaged or not a PyTorch file ({first_line(error)}); fetch it again.'
     ) from error
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def plain(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:

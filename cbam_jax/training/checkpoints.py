@@ -24,10 +24,10 @@ from cbam_jax.training.stored import (
   CheckpointError,
   best_step,
   fingerprint,
-  first_line,
   read_metrics,
   remedy,
   restore,
+  root_cause,
 )
 
 
@@ -219,7 +219,7 @@ class Checkpoints:
 
   def _cannot_write(self, error: Exception) -> RunError:
     return RunError(
-      f'a checkpoint could not be written to {self.directory} ({first_line(error)}); the earlier '
+      f'a checkpoint could not be written to {self.directory} ({root_cause(error)}); the earlier '
       'ones are whole. Make room or restore access, then run the same command again.'
     )
 

@@ -14,7 +14,7 @@ import optax
 
 from cbam_jax.data import Batch, Source, eval_batches, open_source
 from cbam_jax.data.transforms import Transform, decode, eval_transform, train_transform
-from cbam_jax.errors import UserError
+from cbam_jax.errors import UserError, first_line
 from cbam_jax.training.config import build_model, validate
 from cbam_jax.training.keys import MOST, shown
 from cbam_jax.training.mixing import mix
@@ -173,7 +173,7 @@ class Experiment:
       if not fields:
         raise
       raise UserError(
-        f'the network cannot be made with {_named(fields)} ({_first_line(error)}); change these.'
+        f'the network cannot be made with {_named(fields)} ({first_line(error)}); change these.'
       ) from error
     return jax.tree.map(
       lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -284,7 +284,3 @@ def _first_image(source: Source, what: str) -> np.ndarray:
 
 def _named(fields: dict[str, Any]) -> str:
   return ' and '.join(f'model.{name}={shown(value)}' for name, value in fields.items())
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]

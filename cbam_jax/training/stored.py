@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
 
-from cbam_jax.errors import RunError, UserError
+from cbam_jax.errors import RunError, UserError, first_line
 from cbam_jax.training.distributed import agreed
 from cbam_jax.training.state import TrainState
 
@@ -88,7 +88,7 @@ def restore(checkpoint: Path, like: TrainState) -> TrainState:
   try:
     state, expected = _read(checkpoint, like)
   except Exception as error:  # orbax raises nearly anything on a damaged file
-    failure = first_line(error)
+    failure = root_cause(error)
   failure = agreed(failure)
   if not failure:
     whole = int(jax.device_get(fingerprint(state))) == expected
@@ -142,9 +142,9 @@ def fingerprint(state: TrainState) -> jax.Array:
   return total
 
 
-def first_line(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
   """What an error's first cause says, short enough for a message."""
   while error.__cause__ is not None:
     error = error.__cause__
-  text = (str(error).splitlines() or [type(error).__name__])[0]
+  text = first_line(error)
   return text if len(text) < 260 else f'{text[:120]} ... {text[-120:]}'  # the reason comes last
