@@ -1,9 +1,16 @@
 """CBAM, the Convolutional Block Attention Module, for JAX and Flax linen."""
 
+from cbam_jax import explain
 from cbam_jax.attention import BAM, CBAM, ChannelAttention, SpatialAttention, SqueezeExcitation
 from cbam_jax.errors import UserError
-from cbam_jax.interop import from_torch, load_state_dict, to_torch
-from cbam_jax.models import Summary, create_model, list_models, summary
+from cbam_jax.interop import (
+  from_pretrained,
+  from_torch,
+  load_state_dict,
+  save_pretrained,
+  to_torch,
+)
+from cbam_jax.models import Summary, create_model, graft, list_models, summary
 
 __version__ = '0.1.0'
 
@@ -16,9 +23,13 @@ __all__ = [
   'Summary',
   'UserError',
   'create_model',
+  'explain',
+  'from_pretrained',
   'from_torch',
+  'graft',
   'list_models',
   'load_state_dict',
+  'save_pretrained',
   'summary',
   'to_torch',
 ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+# Names that an error shows of one kind; a wrong network has hundreds.
+SHOWN = 20
 
 
 class UserError(ValueError):
@@ -35,6 +38,23 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
   allowed = list(allowed)
   if value not in allowed:
     raise UserError(f'{what} is {value!r}; allowed: {", ".join(allowed)}.{near(value, allowed)}')
+
+
+def check_problems(what: str, problems: Mapping[str, Sequence[str]], remedy: str) -> None:
+  """Raises `UserError` with all `problems`, names by kind, if there are any.
+
+  Args:
+    what: What is wrong, the first line.
+    problems: Names of what has each kind of problem; empty where nothing has.
+    remedy: What to do, the last line.
+  """
+  lines = [
+    f'  {kind} ({len(names)}): {", ".join(names[:SHOWN])}{", ..." if len(names) > SHOWN else ""}'
+    for kind, names in problems.items()
+    if names
+  ]
+  if lines:
+    raise UserError('\n'.join([f'{what}:', *lines, remedy]))
 
 
 def check_feature_map(what: str, x: Any, *, spatial_axes: tuple[int, ...] = (1, 2, 3)) -> None:

@@ -88,6 +88,16 @@ class BAM(nn.Module):
     super().__post_init__()
 
   @nn.compact
+  def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """The map before the sigmoid: (N, *spatial, C), float32 at the least."""
+    check_feature_map(type(self).__name__, x)
+    values = x.astype(at_least_float32(self.dtype or x.dtype))
+    hidden = hidden_size(x.shape[-1], self.reduction)
+    shared = (self.group_size, self.param_dtype)
+    channel = _ChannelBranch(hidden, *shared, name='channel')(values, train=train)
+    spatial = _SpatialBranch(hidden, self.dilation, *shared, name='spatial')(values, train=train)
+    return channel + spatial if self.combine == 'sum' else channel * spatial
+
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Refines `x`.
 
@@ -101,12 +111,5 @@ class BAM(nn.Module):
     Raises:
       UserError: On a wrong rank, an integer type, or an axis without extent.
     """
-    check_feature_map(type(self).__name__, x)
-    dtype = self.dtype or x.dtype
-    values = x.astype(at_least_float32(dtype))
-    hidden = hidden_size(x.shape[-1], self.reduction)
-    shared = (self.group_size, self.param_dtype)
-    channel = _ChannelBranch(hidden, *shared, name='channel')(values, train=train)
-    spatial = _SpatialBranch(hidden, self.dilation, *shared, name='spatial')(values, train=train)
-    logits = channel + spatial if self.combine == 'sum' else channel * spatial
-    return (values * (1 + nn.sigmoid(logits))).astype(dtype)
+    logits = self.logits(x, train=train)
+    return (x.astype(logits.dtype) * (1 + nn.sigmoid(logits))).astype(self.dtype or x.dtype)

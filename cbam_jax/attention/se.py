@@ -34,6 +34,14 @@ class SqueezeExcitation(nn.Module):
     super().__post_init__()
 
   @nn.compact
+  def logits(self, x: jax.Array) -> jax.Array:
+    """The map before the sigmoid: (N, 1, ..., 1, C), float32 at the least."""
+    check_feature_map(type(self).__name__, x)
+    spatial_axes = range(1, x.ndim - 1)
+    squeezed = jnp.mean(x, tuple(spatial_axes), dtype=at_least_float32(self.dtype or x.dtype))
+    logits = BottleneckMLP(self.reduction, param_dtype=self.param_dtype, name='mlp')(squeezed)
+    return lax.expand_dims(logits, spatial_axes)
+
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """Refines `x`.
 
@@ -48,8 +56,4 @@ class SqueezeExcitation(nn.Module):
       UserError: On a wrong rank, an integer type, or an axis without extent.
     """
     del train
-    check_feature_map(type(self).__name__, x)
-    spatial_axes = range(1, x.ndim - 1)
-    squeezed = jnp.mean(x, tuple(spatial_axes), dtype=at_least_float32(self.dtype or x.dtype))
-    logits = BottleneckMLP(self.reduction, param_dtype=self.param_dtype, name='mlp')(squeezed)
-    return gate(x, lax.expand_dims(logits, spatial_axes), self.dtype)
+    return gate(x, self.logits(x), self.dtype)

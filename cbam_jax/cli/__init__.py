@@ -6,10 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cbam_jax.cli import evaluate, models, prepare, train
+from cbam_jax.cli import convert, evaluate, explain, models, predict, prepare, train
 from cbam_jax.errors import RunError, UserError
 
-COMMANDS = {'train': train, 'evaluate': evaluate, 'models': models, 'prepare': prepare}
+COMMANDS = {
+  'train': train,
+  'evaluate': evaluate,
+  'predict': predict,
+  'explain': explain,
+  'convert': convert,
+  'models': models,
+  'prepare': prepare,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

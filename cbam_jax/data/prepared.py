@@ -16,6 +16,7 @@ class TfdsSource:
 
   Attributes:
     num_classes: How many classes there are.
+    classes: Their names.
 
   Raises:
     UserError: If the set is unknown, not of labelled images, or not prepared under `data_dir` as
@@ -32,6 +33,7 @@ class TfdsSource:
         f'`cbam-jax prepare {name} --data-dir DIR`, or name where it is in --config.data.dir.'
       )
     self.num_classes = builder.info.features['label'].num_classes
+    self.classes = builder.info.features['label'].names
     check_format(name, builder)
     # The folder's own builder reads a format that was added to the first one, too.
     self._records = tfds.builder_from_directory(builder.data_dir).as_data_source(

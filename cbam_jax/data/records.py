@@ -20,6 +20,8 @@ class Record(TypedDict):
 class Source(Protocol):
   """A set of examples with random access.
 
+  One that knows more has `classes`, their names, and `name(index)`, an example's file.
+
   Attributes:
     num_classes: How many classes there are; a label is under that.
   """

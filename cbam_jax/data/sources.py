@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,9 +23,10 @@ class ArraySource:
     images: uint8 (n, H, W, C).
     labels: Integers (n,).
     num_classes: One more than the highest label.
+    classes: Names of the classes; None if they have none.
   """
 
-  def __init__(self, images: np.ndarray, labels: np.ndarray):
+  def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str] | None = None):
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
       raise UserError(
         f'images are {images.dtype} {images.shape} and labels {labels.shape}; give uint8 images '
@@ -33,6 +35,7 @@ class ArraySource:
     self.images = images
     self.labels = labels
     self.num_classes = int(np.max(labels, initial=-1)) + 1
+    self.classes = classes
 
   def __len__(self) -> int:
     return len(self.images)
@@ -55,9 +58,10 @@ def digits(split: str) -> ArraySource:
   images = np.round(scans.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
   parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
   train_images, test_images, train_labels, test_labels = parts
+  names = [str(digit) for digit in range(10)]
   if split == 'train':
-    return ArraySource(train_images, train_labels)
-  return ArraySource(test_images, test_labels)
+    return ArraySource(train_images, train_labels, names)
+  return ArraySource(test_images, test_labels, names)
 
 
 def open_source(name: str, split: str, data_dir: str | None = None) -> Source:

@@ -17,12 +17,22 @@ Transform: TypeAlias = Callable[[np.ndarray | bytes, np.random.Generator], np.nd
 """From a record's image, perhaps encoded, to uint8 (H, W, C)."""
 
 
-def resize(image: np.ndarray, height: int, width: int, box: tuple[int, ...]) -> np.ndarray:
-  """The (left, top, right, bottom) `box` of `image`, resized bilinearly with antialiasing."""
+RESAMPLINGS = ('bilinear', 'bicubic')
+
+
+def resize(
+  image: np.ndarray,
+  height: int,
+  width: int,
+  box: tuple[int, ...],
+  interpolation: str = 'bilinear',
+) -> np.ndarray:
+  """The (left, top, right, bottom) `box` of `image`, resized with antialiasing."""
   pillow = require('PIL.Image', 'train')
   grey = image.shape[-1] == 1
   picture = pillow.fromarray(image[..., 0] if grey else image)
-  resized = np.asarray(picture.resize((width, height), pillow.Resampling.BILINEAR, box=box))
+  resampling = pillow.Resampling[interpolation.upper()]
+  resized = np.asarray(picture.resize((width, height), resampling, box=box))
   return resized[..., None] if grey else resized
 
 
@@ -69,12 +79,14 @@ def random_shift(image: np.ndarray, rng: np.random.Generator, padding: int) -> n
   return padded[top : top + height, left : left + width]
 
 
-def centre_crop(image: np.ndarray, size: int, resized_side: int) -> np.ndarray:
+def centre_crop(
+  image: np.ndarray, size: int, resized_side: int, interpolation: str = 'bilinear'
+) -> np.ndarray:
   """The shorter side resized to `resized_side`, of at least `size`, then the central square."""
   height, width, _ = image.shape
   scale = resized_side / min(height, width)
   h, w = max(resized_side, int(height * scale)), max(resized_side, int(width * scale))
-  image = resize(image, h, w, (0, 0, width, height))
+  image = resize(image, h, w, (0, 0, width, height), interpolation)
   top, left = round((h - size) / 2), round((w - size) / 2)
   return image[top : top + size, left : left + size]
 
@@ -123,17 +135,22 @@ def train_transform(augmentation: str, size: int) -> Transform:
   return functools.partial(AUGMENTATIONS[augmentation], size=size)
 
 
-def eval_transform(size: int, resized_side: int | None) -> Transform:
+def eval_transform(
+  size: int, resized_side: int | None, interpolation: str = 'bilinear'
+) -> Transform:
   """What is done to the image of a test record: a decode alone, or a resize and a central crop.
 
   Args:
     size: Side of the result, pixels.
     resized_side: What the shorter side is resized to first; None leaves the image alone.
+    interpolation: How it is resized, 'bilinear' or 'bicubic'.
   """
 
   def transform(image: np.ndarray | bytes, rng: np.random.Generator) -> np.ndarray:
     del rng
     pixels = decode(image)
-    return pixels if resized_side is None else centre_crop(pixels, size, resized_side)
+    if resized_side is None:
+      return pixels
+    return centre_crop(pixels, size, resized_side, interpolation)
 
   return transform

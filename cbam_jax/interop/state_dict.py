@@ -51,7 +51,7 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   if not path.is_file():
     raise UserError(f'there is no file {path}; give the path of a PyTorch checkpoint.')
   if path.suffix == '.safetensors':
-    return plain(_read_safetensors(path))
+    return plain(read_safetensors(path))
   if path.suffix in TORCH_SUFFIXES:
     return plain(_read_torch(path))
   raise UserError(
@@ -60,7 +60,13 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   )
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+  """The arrays of a `.safetensors` file by name, as they are there.
+
+  Raises:
+    UserError: If it is damaged, or holds a type that JAX has not.
+    MissingExtraError: If safetensors is not installed.
+  """
   safetensors = require('safetensors', 'torch')
   try:
     tensors = safetensors.deserialize(path.read_bytes())

@@ -6,7 +6,7 @@ are laid side by side, and nothing may be missing, left over or of another shape
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,16 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cbam_jax.errors import UserError, check_choice
+from cbam_jax.errors import UserError, check_choice, check_problems
 from cbam_jax.interop.forms import AS_IS, Form
 from cbam_jax.interop.state_dict import plain
 from cbam_jax.interop.tables import LEAVES, READ_AXES, READ_INPUT, Rows, tables
 from cbam_jax.models.base import Classifier
 
 COUNTER = 'num_batches_tracked'
-
-# Names that an error shows of one kind; a wrong network has hundreds.
-SHOWN = 20
 
 
 def from_torch(
@@ -62,7 +59,7 @@ def from_torch(
   entries = _entries(model, rows, kernels)
   wanted = {entry.name: entry.torch_shape for entry in entries if entry.in_torch}
   found = [name for name in wanted if name in given]
-  _check(
+  check_problems(
     f'the state dict, read in the layout {layout!r}, does not fit {type(model).__name__}',
     {
       'missing': [name for name in wanted if name not in given],
@@ -133,7 +130,7 @@ def to_torch(
   collections = {path[0] for path in given}
   whole = collections >= {entry.path[0] for entry in entries}
   wanted = {entry.path: entry for entry in entries if entry.path[0] in collections | {'params'}}
-  _check(
+  check_problems(
     f'the variables do not fit {type(model).__name__}',
     {
       'missing': ['/'.join(path) for path in wanted if path not in given],
@@ -161,6 +158,14 @@ def to_torch(
     if path[-1] == 'var':
       state_dict[f'{entry.name.rpartition(".")[0]}.{COUNTER}'] = np.zeros((), np.int64)
   return state_dict
+
+
+def count_classes(model: Classifier, state_dict: Mapping[str, Any]) -> int | None:
+  """How many classes a PyTorch state dict of the kind of `model` tells apart; None if unknown."""
+  given = plain(state_dict)
+  heads = (row.torch for rows in tables(model).values() for row in rows if row.ours == 'head')
+  weights = (given[f'{head}.weight'] for head in heads if f'{head}.weight' in given)
+  return next((weight.shape[0] for weight in weights if weight.ndim), None)
 
 
 class _Entry(NamedTuple):
@@ -212,7 +217,7 @@ def _entries(model: nn.Module, rows: Rows, kernels: Mapping[str, tuple[int, ...]
       form=row.form if path[-1] == 'kernel' else AS_IS,
       in_torch=row.form.biases or path[-1] != 'bias',
     )
-  _check(
+  check_problems(
     f'{type(model).__name__} has arrays with no name in PyTorch',
     {'unmapped': unmapped},
     'Tables exist for the attention of this package only; convert these by hand, and the rest '
@@ -239,14 +244,3 @@ def _recognised(layouts: Mapping[str, Rows], names: Iterable[str]) -> str:
 def _reordered(shape: tuple[int, ...]) -> tuple[int, ...]:
   """(out, in, *spatial) as (*spatial, in, out)."""
   return (*shape[2:], *shape[1::-1])
-
-
-def _check(what: str, problems: Mapping[str, Sequence[str]], remedy: str) -> None:
-  """Raises `UserError` with all `problems` if there are any."""
-  lines = [
-    f'  {kind} ({len(names)}): {", ".join(names[:SHOWN])}{", ..." if len(names) > SHOWN else ""}'
-    for kind, names in problems.items()
-    if names
-  ]
-  if lines:
-    raise UserError('\n'.join([f'{what}:', *lines, remedy]))

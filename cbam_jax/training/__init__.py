@@ -13,7 +13,12 @@ from cbam_jax.errors import require
 
 require('optax', 'train')
 
-_HOMES = {'train': 'loop', 'evaluate': 'evaluation', 'default_config': 'config'}
+_HOMES = {
+  'train': 'loop',
+  'evaluate': 'evaluation',
+  'evaluate_network': 'evaluation',
+  'default_config': 'config',
+}
 
 _EXTRA = ('grain', 'matplotlib', 'ml_collections', 'orbax.checkpoint', 'rich', 'tensorboardX')
 

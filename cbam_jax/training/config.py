@@ -32,6 +32,7 @@ def default_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict(
     {
       'seed': 0,
+      'init_from': ml_collections.config_dict.placeholder(str),  # trained weights; None: random
       'epochs': 90.0,
       'batch_size': 256,  # over all devices
       'eval_batch_size': 256,
@@ -55,6 +56,7 @@ def default_config() -> ml_collections.ConfigDict:
         'dir': ml_collections.config_dict.placeholder(str),
         'image_size': 224,
         'resized_side': 256,  # of test images, before the central crop; None: left alone
+        'interpolation': 'bilinear',  # or bicubic: how test images are resized
         'augmentation': 'crop_flip',
         'mixing': 'none',  # or mixup, cutmix, mixup_or_cutmix
         'mixing_alpha': 0.2,

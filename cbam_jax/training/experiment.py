@@ -13,9 +13,11 @@ import numpy as np
 import optax
 
 from cbam_jax.data import Batch, Source, eval_batches, open_source
+from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.data.transforms import Transform, decode, eval_transform, train_transform
 from cbam_jax.errors import UserError, first_line
 from cbam_jax.training.config import build_model, validate
+from cbam_jax.training.initial import Initial, put_into, read_initial
 from cbam_jax.training.keys import MOST, shown
 from cbam_jax.training.mixing import mix
 from cbam_jax.training.optimizer import learning_rate_schedule, sgd
@@ -27,7 +29,7 @@ from cbam_jax.training.sharding import (
   to_devices,
 )
 from cbam_jax.training.state import TrainState, create_state
-from cbam_jax.training.step import Metrics, make_eval_step, make_train_step, means, normalizer
+from cbam_jax.training.step import Metrics, make_eval_step, make_train_step, means
 
 
 class Experiment:
@@ -38,6 +40,7 @@ class Experiment:
       left them open.
     model: The network.
     mesh: All devices.
+    preprocessing: What is done to an image before the network sees it.
 
   Raises:
     UserError: On a configuration that cannot be run.
@@ -51,7 +54,13 @@ class Experiment:
       self.config.model.num_classes = self.train_source.num_classes
     self.model = build_model(self.config)
     self.mesh = make_mesh(config.mesh.fsdp)
-    self._normalize = normalizer(config.data.mean, config.data.std)
+    self.preprocessing = Preprocessing(
+      config.data.image_size,
+      config.data.resized_side,
+      config.data.interpolation,
+      config.data.mean,
+      config.data.std,
+    )
 
   @functools.cached_property
   def train_source(self) -> Source:
@@ -100,7 +109,8 @@ class Experiment:
   @property
   def eval_transform(self) -> Transform:
     """What is done to a test image."""
-    return eval_transform(self.config.data.image_size, self.config.data.resized_side)
+    data = self.config.data
+    return eval_transform(data.image_size, data.resized_side, data.interpolation)
 
   @property
   def steps_per_epoch(self) -> int:
@@ -146,13 +156,12 @@ class Experiment:
 
   @functools.cached_property
   def _create_state(self) -> Any:
-    channels = _first_image(self.test_source, 'test images').shape[-1]
     size = self.config.data.image_size
     return functools.partial(
       create_state,
       self.model,
       self._optimizer,
-      image_shape=(size, size, channels),
+      image_shape=(size, size, self.preprocessing.channels),
       averaged=self.config.average_decay is not None,
     )
 
@@ -185,14 +194,30 @@ class Experiment:
   def _state_shardings(self) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
+  @functools.cached_property
+  def initial(self) -> Initial | None:
+    """The weights that `init_from` names, fitted to the network; None if it names none.
+
+    Raises:
+      UserError: If they cannot be read, or are those of another network.
+    """
+    name = self.config.init_from
+    if name is None:
+      return None
+    key = jax.random.key(self.config.seed)
+    return read_initial(name, self.model, self.abstract_state.variables, key)
+
   def new_state(self) -> TrainState:
     """The state before the first step, on the devices."""
+
+    def create(key: jax.Array, variables: Any) -> TrainState:
+      return put_into(self._create_state(key), variables)
+
     # It runs once: on a CPU, optimising it takes many times as long as running it.
     options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-    create = jax.jit(
-      self._create_state, out_shardings=self._state_shardings, compiler_options=options
-    )
-    return create(jax.random.key(self.config.seed))
+    jitted = jax.jit(create, out_shardings=self._state_shardings, compiler_options=options)
+    variables = self.initial.variables if self.initial else {}
+    return jitted(jax.random.key(self.config.seed), variables)
 
   def _gather(self, arrays: Any) -> Any:
     # Left to itself, the compiler also splits products over the axes that 'fsdp' splits, and
@@ -209,7 +234,7 @@ class Experiment:
     step = make_train_step(
       self.model,
       self._optimizer,
-      self._normalize,
+      self.preprocessing.normalize,
       self.schedule,
       label_smoothing=config.label_smoothing,
       mixing=mixing,
@@ -229,7 +254,7 @@ class Experiment:
   def _eval_step(self) -> Any:
     variables = jax.tree.map(lambda x: x.sharding, self.abstract_state.variables)
     return jax.jit(
-      make_eval_step(self.model, self._normalize, self._gather),
+      make_eval_step(self.model, self.preprocessing.normalize, self._gather),
       in_shardings=(variables, split_over_devices(self.mesh)),
       out_shardings=replicated(self.mesh),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from cbam_jax.data.transforms import AUGMENTATIONS
+from cbam_jax.data.transforms import AUGMENTATIONS, RESAMPLINGS
 from cbam_jax.errors import UserError, check_choice
 from cbam_jax.models.base import STEMS
 from cbam_jax.models.registry import ATTENTIONS, MODELS
@@ -135,6 +135,7 @@ def _one_of(choices: Iterable[str]) -> Key:
 
 KEYS: dict[str, Key] = {
   'seed': Key(int, 'from 0 to under 2**32', lambda v: 0 <= v < 2**32),
+  'init_from': Key(str, optional=True),
   'epochs': _epochs(),
   'batch_size': _from(1),
   'eval_batch_size': _from(1),
@@ -155,6 +156,7 @@ KEYS: dict[str, Key] = {
   'data.dir': Key(str, optional=True),
   'data.image_size': _from(1, 2**14),
   'data.resized_side': _from(1, 2**14, optional=True),
+  'data.interpolation': _one_of(RESAMPLINGS),
   'data.augmentation': _one_of(AUGMENTATIONS),
   'data.mixing': _one_of(MIXINGS),
   'data.mixing_alpha': _number('finite and above 0', lambda v: 0 < v < math.inf),

@@ -56,12 +56,16 @@ class _Run:
     self.total_steps = experiment.total_steps
     self.steps_per_epoch = experiment.steps_per_epoch
     self.eval_steps = max(1, round(self.config.eval_every_epochs * self.steps_per_epoch))
-    # Opens the test set and traces the network: what cannot work fails before anything is written.
+    # What cannot work fails before anything is written.
     self.abstract_state = experiment.abstract_state
+    self.classes = getattr(experiment.test_source, 'classes', None)
 
   def run(self) -> dict[str, float] | None:
     """Trains from the newest checkpoint to the last step."""
     self.folder.check(self.config)
+    if not any(path.name.isdigit() for path in self.folder.checkpoints.glob('*')):
+      # Weights that do not fit fail here, too; a run that goes on no longer needs them.
+      _ = self.experiment.initial
     try:
       with self.folder.locked(), contextlib.ExitStack() as stack:
         return self._run(stack)
@@ -79,7 +83,7 @@ class _Run:
     )
     found = self.checkpoints.restore_newest(self.abstract_state)
     state, start = found or (self.experiment.new_state(), 0)
-    folder.claim(config)
+    folder.claim(config, self.classes)
     title = f'{config.model.name} + {config.model.attention} on {config.data.name}'
     self.report = stack.enter_context(Report(folder, title, self.total_steps, start, self.console))
     self.report.say(self._introduction(start))
@@ -196,6 +200,8 @@ class _Run:
   def _introduction(self, start: int) -> str:
     devices = jax.devices()
     verb = f'going on from step {start}' if start else 'starting'
+    if not start and self.experiment.initial:
+      verb = f'starting from {self.experiment.initial.origin}'
     return (
       f'{self.folder.root}: {verb}, {self.total_steps} steps of {self.config.batch_size} '
       f'images on {len(devices)} x {devices[0].device_kind}'

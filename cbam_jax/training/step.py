@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -27,17 +27,6 @@ Mixing: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array,
 """From images (N, H, W, C), probabilities (N, classes) and a key to both of them mixed."""
 
 Normalize: TypeAlias = Callable[[jax.Array], jax.Array]
-
-
-def normalizer(mean: Sequence[float], std: Sequence[float]) -> Normalize:
-  """From uint8 images to what a network takes: `(image / 255 - mean) / std`, float32."""
-
-  def normalize(images: jax.Array) -> jax.Array:
-    shape = (1, 1, 1, -1)
-    scaled = images.astype(jnp.float32) / 255
-    return (scaled - jnp.asarray(mean).reshape(shape)) / jnp.asarray(std).reshape(shape)
-
-  return normalize
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,16 +32,18 @@ class Workdir:
   Attributes:
     root: The folder.
     config_file: The configuration that the run was started with.
+    classes_file: The names of the classes, one a line; not there if the data set has none.
     metrics_file: A line of JSON for each time metrics were logged.
     checkpoints: The folder of checkpoints.
     curves_file: The picture of loss and accuracy.
   """
 
   def __init__(self, root: str | Path):
-    self.root = Path(root)
+    self.root = Path(root).expanduser()
     self.config_file = self.root / 'config.json'
+    self.classes_file = self.root / 'classes.txt'
     self.metrics_file = self.root / 'metrics.jsonl'
-    self.checkpoints = self.root / 'checkpoints'
+    self.checkpoints = self.root.absolute() / 'checkpoints'  # orbax takes no other
     self.curves_file = self.root / 'curves.png'
 
   def check(self, config: ml_collections.ConfigDict) -> None:
@@ -69,8 +71,8 @@ class Workdir:
         'another --workdir, or the same configuration to go on with that run.'
       )
 
-  def claim(self, config: ml_collections.ConfigDict) -> None:
-    """Records `config` as this run's, in a folder that is made if need be.
+  def claim(self, config: ml_collections.ConfigDict, classes: Sequence[str] | None = None) -> None:
+    """Records `config` and the classes' names as this run's, in a folder that is made if need be.
 
     Raises:
       UserError: If the folder's run has another network or data set (nothing is written then), or
@@ -80,6 +82,8 @@ class Workdir:
     self._make()
     if jax.process_index() == 0:  # for all
       _write_whole(self.config_file, json.dumps(config.to_dict(), indent=2) + '\n')
+      if classes is not None:
+        _write_whole(self.classes_file, ''.join(f'{" ".join(name.split())}\n' for name in classes))
 
   @contextlib.contextmanager
   def locked(self) -> Iterator[None]:
@@ -125,6 +129,13 @@ class Workdir:
         f'{self.config_file} cannot be read ({error}); restore it, or start a new run elsewhere.'
       ) from error
     return config
+
+  def class_names(self) -> tuple[str, ...] | None:
+    """The names of the classes, in the order of the logits; None if they are not known."""
+    try:
+      return tuple(self.classes_file.read_text().splitlines())
+    except (OSError, UnicodeDecodeError):
+      return None
 
   def metrics(self) -> Iterator[dict[str, Any]]:
     """What the run has logged, in order; a line that is damaged or cut short is left out."""

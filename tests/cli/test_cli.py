@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from cbam_jax import Summary, create_model, list_models, summary
-from cbam_jax.cli import main
+from cbam_jax.cli import COMMANDS, main
 from cbam_jax.cli.train import load_config
+from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.errors import UserError
 from cbam_jax.training.workdir import Workdir
 
@@ -241,18 +242,37 @@ def test_evaluate_needs_a_run(refused, tmp_path):
   assert 'name the --workdir' in message
 
 
-def test_evaluate_prints_a_sentence_or_json(capsys, monkeypatch):
-  metrics = {'step': 660, 'loss': 0.0625, 'top1': 0.985, 'top5': 1.0, 'count': 360}
+def test_evaluate_prints_lines_or_json(capsys, monkeypatch):
+  metrics = {
+    'step': 660,
+    'model': 'resnet18',
+    'attention': 'cbam',
+    'data': 'digits',
+    'preprocessing': Preprocessing(8, None, mean=(0.3,), std=(0.37,)).to_dict(),
+    'loss': 0.0625,
+    'top1': 0.975,
+    'top5': 1.0,
+    'count': 1360,
+    'unread': 1,
+    'top1_interval': [0.9653, 0.982],
+    'top5_interval': [0.9972, 1.0],
+  }
   asked = []
   monkeypatch.setattr(
     'cbam_jax.training.evaluation.evaluate', lambda workdir: asked.append(workdir) or metrics
   )
   assert main(['evaluate', '--workdir=runs/digits']) == 0
-  assert capsys.readouterr().out == (
-    'step 660: top-1 98.50 %, top-5 100.00 %, loss 0.0625, 360 test images\n'
-  )
+  assert capsys.readouterr().out.splitlines() == [
+    'resnet18 + cbam on digits, step 660',
+    '8x8, bilinear, mean (0.3), std (0.37)',
+    'top-1  97.50 %   (96.53 to 98.20)   1,326 of 1,360 images',
+    'top-5 100.00 %   (99.72 to 100.00)   1,360 of 1,360 images',
+    'loss  0.0625',
+    '1 images could not be read, and do not count',
+    'in brackets: 95 % confidence intervals',
+  ]
   assert main(['evaluate', '--workdir=runs/digits', '--json']) == 0
-  assert json.loads(capsys.readouterr().out) == metrics
+  assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(metrics))
   assert asked == ['runs/digits'] * 2
 
 
@@ -332,7 +352,7 @@ def test_wrong_usage_is_explained(capsys, arguments, message):
   assert message in error
 
 
-@pytest.mark.parametrize('command', ['train', 'evaluate', 'models'])
+@pytest.mark.parametrize('command', COMMANDS)
 def test_every_command_has_help(capsys, command):
   with pytest.raises(SystemExit) as exit_:
     main([command, '--help'])

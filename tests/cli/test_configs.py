@@ -143,6 +143,7 @@ def lay_out(folder: Path) -> str:
     ('cifar10', 'cifar10'),
     ('fashion_mnist', 'fashion_mnist'),
     ('folder', 'pictures'),
+    ('finetune', 'pictures'),
   ],
 )
 def test_every_file_takes_a_step_on_its_data(tmp_path, file, data):
@@ -155,7 +156,7 @@ def test_every_file_takes_a_step_on_its_data(tmp_path, file, data):
   ]
   if file.startswith('imagenet'):
     overrides += ['--config.model.group_size=8']
-  if file.startswith('imagenet') or file == 'folder':
+  if file.startswith('imagenet') or data == 'pictures':
     overrides += ['--config.data.image_size=32', '--config.data.resized_side=36']
   if data:
     folder = lay_out(tmp_path) if data == 'pictures' else prepare(data, tmp_path)
@@ -178,9 +179,9 @@ def test_every_file_takes_a_step_on_its_data(tmp_path, file, data):
   # Without a warm-up the first step moves the network; with one its rate is 0.
   moved = any(map(np.any, jax.tree.leaves(jax.tree.map(np.subtract, before, state.params))))
   assert moved == (experiment.config.optimizer.warmup_epochs == 0)
-  tested = {'digits': 360, 'folder': 9}.get(file, 8)
+  tested = {None: 360, 'pictures': 9}.get(data, 8)
   assert experiment.evaluate(state.variables)['count'] == tested
-  if file == 'folder':
+  if data == 'pictures':
     assert experiment.config.model.num_classes == 3
 
 

@@ -13,7 +13,7 @@ from cbam_jax.data import Batch, train_batches
 from cbam_jax.training import experiment as experiment_module
 from cbam_jax.training.experiment import Experiment
 from cbam_jax.training.keys import KEYS, Key
-from cbam_jax.training.step import SUMMED, cross_entropy, normalizer, smooth, sum_metrics
+from cbam_jax.training.step import SUMMED, cross_entropy, smooth, sum_metrics
 
 # ---- loss and metrics ------------------------------------------------------------------------
 
@@ -92,13 +92,6 @@ def test_equal_logits_rank_by_class_and_nothing_is_right_without_a_number():
   assert [int(label) in row for label, row in zip(labels, ranked.tolist(), strict=False)] == [
     *(True, True, False, False)
   ]
-
-
-def test_normalizer_by_hand():
-  images = np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 3)
-  normalized = normalizer((0.5, 0.25, 0.2), (0.5, 0.25, 0.1))(images)
-  assert normalized.dtype == jnp.float32
-  np.testing.assert_allclose(normalized[0, 0, 0], [-1, 3, 0], atol=1e-6)
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -225,7 +218,7 @@ def test_batch_norm_is_over_the_global_batch_or_over_groups(tiny_config):
   experiment = Experiment(tiny_config)
   (batch,) = batches_of(experiment, 1)
   state = experiment.new_state()
-  images = normalizer(tiny_config.data.mean, tiny_config.data.std)(batch['image'])
+  images = experiment.preprocessing.normalize(batch['image'])
   apply = functools.partial(
     experiment.model.apply,
     train=False,
@@ -287,7 +280,7 @@ def test_evaluation_counts_every_test_example_once(tiny_config, batch_size):
   experiment = Experiment(tiny_config)
   _, state = run(tiny_config, steps=4)
   source = experiment.test_source
-  images = normalizer(tiny_config.data.mean, tiny_config.data.std)(source.images)
+  images = experiment.preprocessing.normalize(source.images)
   apply = jax.jit(functools.partial(experiment.model.apply, train=False))
   logits = np.asarray(apply(state.variables, images))
 

@@ -1,0 +1,117 @@
+"""Networks as plain data, and back."""
+
+import functools
+import json
+
+import flax.linen as nn
+import jax.numpy as jnp
+import pytest
+
+from cbam_jax import BAM, CBAM, UserError, create_model, list_models
+from cbam_jax.models.description import describe, from_description
+
+
+def round_trip(model):
+  return from_description(json.loads(json.dumps(describe(model))))
+
+
+@pytest.mark.parametrize('name', list_models())
+@pytest.mark.parametrize('attention', ['none', 'se', 'bam', 'cbam'])
+def test_every_network_is_described_by_its_name(name, attention):
+  model = create_model(name, attention=attention)
+  expected = {'model': name, 'attention': attention, 'attention_fields': {}, 'fields': {}}
+  assert describe(model) == expected
+  assert describe(round_trip(model)) == expected
+
+
+def test_fields_that_differ_are_described():
+  attention = functools.partial(CBAM, order='parallel', pools=('avg', 'lse'), reduction=8)
+  model = create_model(
+    'wide_resnet18_2.0',
+    attention=attention,
+    num_classes=10,
+    stem='cifar',
+    group_size=32,
+    dtype=jnp.bfloat16,
+    param_dtype='float16',
+    remat=True,
+  )
+  assert describe(model) == {
+    'model': 'wide_resnet18_2.0',
+    'attention': 'cbam',
+    'attention_fields': {'order': 'parallel', 'pools': ['avg', 'lse'], 'reduction': 8},
+    'fields': {
+      'num_classes': 10,
+      'stem': 'cifar',
+      'group_size': 32,
+      'dtype': 'bfloat16',
+      'param_dtype': 'float16',
+      'remat': True,
+    },
+  }
+  assert describe(round_trip(model)) == describe(model)
+
+
+def test_a_width_of_its_own():
+  model = create_model('resnet18', width=0.25)
+  assert describe(model)['model'] == 'resnet18'
+  assert describe(model)['fields'] == {'width': 0.25}
+  assert describe(create_model('mobilenet_v1', width=0.7))['fields'] == {'width': 0.7}
+  odd = create_model('resnet34', stage_sizes=(1, 1))
+  assert describe(odd)['fields'] == {'stage_sizes': [1, 1]}
+  assert round_trip(odd).stage_sizes == (1, 1)
+
+
+def test_an_attention_that_leaves_the_groups_of_its_network():
+  model = create_model('resnet18', attention=functools.partial(CBAM, group_size=2), group_size=4)
+  assert describe(model)['attention_fields'] == {'group_size': 2}
+
+
+class Own(nn.Module):
+  @nn.compact
+  def __call__(self, x, *, train):
+    return x
+
+
+class Subclass(CBAM):
+  pass
+
+
+@pytest.mark.parametrize(
+  'model',
+  [
+    create_model('resnet18', attention=Own),
+    create_model('resnet18', attention=Subclass),
+    create_model('resnet18', stage_attention=CBAM),
+    create_model('resnet18', attention=CBAM, stage_attention=BAM),
+  ],
+  ids=['own', 'subclass', 'elsewhere', 'two'],
+)
+def test_attention_that_no_name_stands_for_is_refused(model):
+  with pytest.raises(UserError, match=r'the attention of this network is .* Save the variables'):
+    describe(model)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'model': 'resnet5'}, "the model is 'resnet5'"),
+    ({'attention': 'cbma'}, "the attention is 'cbma'"),
+    ({'attention_fields': {'ordre': 1}}, "no field 'ordre'"),
+    ({'fields': {'widht': 2}}, "no option 'widht'"),
+    ({'fields': None}, 'describes no network'),
+    ({'fields': {'num_classes': 'ten'}}, "num_classes is 'ten'"),
+    ({'fields': {'dtype': 'float33'}}, 'float33'),
+    ({'model': ['resnet18']}, 'resnet18'),
+  ],
+)
+def test_a_description_of_nothing_is_refused(change, message):
+  description = {'model': 'resnet18', 'attention': 'cbam', 'attention_fields': {}, 'fields': {}}
+  with pytest.raises(UserError, match=message):
+    from_description(description | change)
+
+
+@pytest.mark.parametrize('description', [None, {}, [], 'resnet18'])
+def test_no_description_at_all(description):
+  with pytest.raises(UserError, match='describes no network'):
+    from_description(description)
