@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,12 @@ def _read_torch(path: Path) -> Any:
   try:
     return torch.load(path, map_location='cpu', weights_only=True)
   except pickle.UnpicklingError as error:
+    # Not PyTorch's own words, which advise to load it all the same.
+    called = re.search(r'GLOBAL (\S+)', str(error))
     raise UserError(
-      f'{path} is damaged, or holds Python objects that are not safe to load '
-      f'({first_line(error)}). Fetch it again, or save the tensors alone where you trust it: '
-      'torch.save(model.state_dict(), path).'
+      f'{path} is damaged, or holds Python objects that are not safe to load'
+      f'{f": it would call {called[1]}" if called else ""}. Fetch it again, or save the tensors '
+      'alone where you trust it: torch.save(model.state_dict(), path).'
     ) from error
   except Exception as error:  # a damaged file makes torch raise nearly anything
     raise UserError(

@@ -118,25 +118,29 @@ def _knows(model: Classifier, state_dict: Mapping[str, Any]) -> set[str]:
 
 def _check_network(name: str, there: dict[str, Any], here: dict[str, Any]) -> None:
   """Raises `UserError` unless two descriptions are of one network, the first maybe a plain one."""
-  bare = there['attention'] == 'none'
-  keys = ('model', 'fields') if bare else ('model', 'fields', 'attention', 'attention_fields')
-  differences = [
-    f'{key} {_fixed(there[key])!r} instead of {_fixed(here[key])!r}'
-    for key in keys
-    if _fixed(there[key]) != _fixed(here[key])
-  ]
+  was, now = _choices(there), _choices(here)
+  if there['attention'] == 'none':
+    was |= {key: value for key, value in now.items() if key.startswith('attention')}
   check_problems(
     f'init_from is {name!r}, which holds another network',
-    {'different': differences},
-    "Set model.name, model.attention and their fields as there; without attention, the run's own "
-    'is put in.',
+    {
+      'different': [
+        f'{key} is {was.get(key, "the default")} there, {now.get(key, "the default")} here'
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+      ]
+    },
+    'Set model.name, model.stem, model.attention and their fields as they are there.',
   )
 
 
-def _fixed(value: Any) -> Any:
-  if not isinstance(value, dict):
-    return value
-  return {field: v for field, v in value.items() if field not in FREE_FIELDS}
+def _choices(description: Mapping[str, Any]) -> dict[str, Any]:
+  """What a description tells that the meaning of weights depends on, each under its own key."""
+  fields = {f'fields.{name}': value for name, value in description['fields'].items()}
+  of_attention = description['attention_fields'].items()
+  fields |= {f'attention_fields.{name}': value for name, value in of_attention}
+  kept = {key: v for key, v in fields.items() if key.partition('.')[2] not in FREE_FIELDS}
+  return {'model': description['model'], 'attention': description['attention'], **kept}
 
 
 def _check_shapes(name: str, values: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
