@@ -12,7 +12,7 @@ import numpy as np
 from cbam_jax.data.folder import SUFFIXES
 from cbam_jax.data.images import decode
 from cbam_jax.data.preprocessing import Preprocessing
-from cbam_jax.errors import UserError, first_line
+from cbam_jax.errors import UserError, first_line, require
 
 
 class Picture(NamedTuple):
@@ -63,4 +63,7 @@ def read_picture(path: Path, preprocessing: Preprocessing) -> Picture:
   except UserError:
     raise
   except Exception as error:  # Pillow raises nearly anything on a damaged file
-    return Picture(path, None, None, first_line(error))
+    # Of what it cannot identify, Pillow tells the object in memory.
+    unknown = isinstance(error, require('PIL', 'train').UnidentifiedImageError)
+    reason = 'it is no picture of a known kind' if unknown else first_line(error)
+    return Picture(path, None, None, reason)
