@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cbam_jax.cli import convert, evaluate, explain, models, predict, prepare, train
+from cbam_jax.cli import convert, evaluate, explain, export, models, predict, prepare, train
 from cbam_jax.errors import RunError, UserError
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
   'predict': predict,
   'explain': explain,
   'convert': convert,
+  'export': export,
   'models': models,
   'prepare': prepare,
 }

@@ -10,8 +10,8 @@ import numpy as np
 from cbam_jax.cli.network import LAYOUTS, add_network_arguments, load_network
 from cbam_jax.errors import UserError, require
 from cbam_jax.files import whole_file
-from cbam_jax.interop import save_pretrained, to_torch
-from cbam_jax.interop.pretrained import FORMATS
+from cbam_jax.interop import to_torch
+from cbam_jax.interop.pretrained import FORMATS, save_pretrained
 
 TORCH_SUFFIX = '.pth'
 SAFETENSORS_SUFFIX = '.safetensors'

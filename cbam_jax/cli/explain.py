@@ -19,7 +19,7 @@ from cbam_jax.explain.score import compare, summarise
 from cbam_jax.explain.scoring import score_networks
 from cbam_jax.explain.views import METHODS, View, view
 from cbam_jax.files import whole_file
-from cbam_jax.interop import Pretrained
+from cbam_jax.interop.pretrained import Pretrained
 from cbam_jax.models.description import describe
 from cbam_jax.models.registry import ATTENTIONS
 

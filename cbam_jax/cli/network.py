@@ -11,7 +11,8 @@ from typing import Any
 from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.data.transforms import RESAMPLINGS
 from cbam_jax.errors import UserError
-from cbam_jax.interop import Pretrained, from_pretrained, from_torch, load_state_dict
+from cbam_jax.interop import from_torch, load_state_dict
+from cbam_jax.interop.pretrained import Pretrained, from_pretrained
 from cbam_jax.interop.torch import count_classes
 from cbam_jax.models import create_model, list_models
 from cbam_jax.models.registry import ATTENTIONS, named_attention

@@ -14,7 +14,7 @@ from cbam_jax.cli.network import add_network_arguments, load_network
 from cbam_jax.cli.pictures import find_pictures, read_picture
 from cbam_jax.errors import RunError, UserError
 from cbam_jax.explain.views import class_name
-from cbam_jax.interop import Pretrained
+from cbam_jax.interop.pretrained import Pretrained
 
 BATCH_SIZE = 16
 

@@ -18,7 +18,7 @@ from cbam_jax.explain.score import TOLERANCE, Score, score
 from cbam_jax.explain.views import BATCH_SIZE, METHODS, last_stage
 
 if TYPE_CHECKING:
-  from cbam_jax.interop import Pretrained
+  from cbam_jax.interop.pretrained import Pretrained
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from cbam_jax.explain.cams import eigen_cam, grad_cam, grad_cam_plus_plus
 from cbam_jax.explain.maps import attention_maps
 
 if TYPE_CHECKING:
-  from cbam_jax.interop import Pretrained
+  from cbam_jax.interop.pretrained import Pretrained
 
 METHODS: dict[str, Callable[..., jax.Array]] = {
   'grad_cam': grad_cam,

@@ -1,6 +1,5 @@
 """The networks the paper puts its attention in, and the registry that makes them by name."""
 
-from cbam_jax.models.graft import graft
 from cbam_jax.models.mobilenet import MobileNetV1
 from cbam_jax.models.registry import create_model, list_models
 from cbam_jax.models.resnet import ResNet
@@ -14,7 +13,6 @@ __all__ = [
   'StageSummary',
   'Summary',
   'create_model',
-  'graft',
   'list_models',
   'summary',
 ]

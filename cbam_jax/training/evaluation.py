@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from cbam_jax.interop import Pretrained
+from cbam_jax.interop.pretrained import Pretrained
 from cbam_jax.models.description import describe
 from cbam_jax.training.config import OWN_KEYS, default_config
 from cbam_jax.training.experiment import Experiment

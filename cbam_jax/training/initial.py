@@ -12,13 +12,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from cbam_jax.errors import UserError, check_problems
-from cbam_jax.interop import from_pretrained, from_torch, load_state_dict, to_torch
+from cbam_jax.interop import from_torch, load_state_dict, to_torch
+from cbam_jax.interop.pretrained import from_pretrained
 from cbam_jax.interop.state_dict import TORCH_SUFFIXES
 from cbam_jax.interop.tables import tables
 from cbam_jax.interop.torch import count_classes
-from cbam_jax.models import graft
 from cbam_jax.models.base import Classifier
 from cbam_jax.models.description import describe
+from cbam_jax.models.graft import graft
 from cbam_jax.training.state import TrainState
 
 # Fields that change how a network is computed or trained, but not what its weights mean.

@@ -17,7 +17,7 @@ from cbam_jax.cli import main
 from cbam_jax.explain.pictures import bars, coloured, overlay, stretched
 from cbam_jax.explain.score import score
 from cbam_jax.explain.views import view
-from cbam_jax.interop import save_pretrained
+from cbam_jax.interop.pretrained import save_pretrained
 from tests.cli.trained import CLASSES, network, picture, write_pictures
 
 

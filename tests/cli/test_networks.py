@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from cbam_jax import to_torch
 from cbam_jax.cli import main
-from cbam_jax.interop import save_pretrained
+from cbam_jax.interop.pretrained import save_pretrained
 from tests.cli.trained import (
   CLASSES,
   PREPROCESSING,

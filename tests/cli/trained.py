@@ -8,7 +8,7 @@ import PIL.Image
 
 from cbam_jax import create_model
 from cbam_jax.data.preprocessing import Preprocessing
-from cbam_jax.interop import Pretrained
+from cbam_jax.interop.pretrained import Pretrained
 
 CLASSES = ('cat', 'dog', 'newt')
 PREPROCESSING = Preprocessing(32, 36, 'bicubic')

@@ -253,15 +253,22 @@ def compiled(method):
   return jax.jit(functools.partial(method, resnet(), stage='stage1'))
 
 
-@pytest.mark.parametrize('make', [small, functools.partial(resnet, stage_sizes=(1,))])
-def test_compiled_or_not_they_are_the_same(make, x64):
+@pytest.mark.parametrize(
+  ('method', 'make'),
+  [
+    (grad_cam, small),
+    (grad_cam, functools.partial(resnet, stage_sizes=(1,))),
+    (grad_cam_plus_plus, small),
+    (eigen_cam, small),
+  ],
+)
+def test_compiled_or_not_they_are_the_same(method, make, x64):
   variables, images = case(make, np.float64)
-  for method in (grad_cam, grad_cam_plus_plus, eigen_cam):
-    labels = () if method is eigen_cam else (np.array([4, 0, 2]),)
-    of = functools.partial(method, make(dtype=jnp.float64), stage='stage1')
-    cams = of(variables, images, *labels)
-    assert np.max(cams) > 0
-    assert_close(jax.jit(of)(variables, images, *labels), cams, 1e-10)
+  labels = () if method is eigen_cam else (np.array([4, 0, 2]),)
+  of = functools.partial(method, make(dtype=jnp.float64), stage='stage1')
+  cams = of(variables, images, *labels)
+  assert np.max(cams) > 0
+  assert_close(jax.jit(of)(variables, images, *labels), cams, 1e-10)
 
 
 @pytest.mark.parametrize('method', METHODS)

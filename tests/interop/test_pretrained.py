@@ -15,7 +15,7 @@ import safetensors.numpy
 from cbam_jax import UserError
 from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.errors import MissingExtraError, RunError
-from cbam_jax.interop import from_pretrained, save_pretrained
+from cbam_jax.interop.pretrained import from_pretrained, save_pretrained
 from tests.cli.trained import CLASSES, PREPROCESSING, network
 from tests.interop.variables import assert_same
 

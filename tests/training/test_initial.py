@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from cbam_jax import create_model, from_torch, graft, load_state_dict, to_torch
 from cbam_jax.errors import UserError
-from cbam_jax.interop import save_pretrained
+from cbam_jax.interop.pretrained import save_pretrained
 from cbam_jax.training import loop
 from cbam_jax.training.experiment import Experiment
 from cbam_jax.training.workdir import Workdir
