@@ -172,7 +172,11 @@ def assert_as_with_probes(name, attention, side, **fields):
   fields = {'dtype': jnp.float64, 'param_dtype': jnp.float64, **fields}
   model = make(name, attention, **fields)
   probed = make(name, attention, stage_attention=Probe, **fields)
-  variables = random_variables(model, images, train=False)
+  # Features that grow from block to block grow errors too: of 1e-16 to 4e-5 in resnet101.
+  variables = jax.tree_util.tree_map_with_path(
+    lambda path, x: x / 2 if path[-1].key == 'scale' else x,
+    random_variables(model, images, train=False),
+  )
 
   @jax.jit
   def stages_and_cams(variables):
@@ -182,7 +186,7 @@ def assert_as_with_probes(name, attention, side, **fields):
 
   @jax.jit
   @jax.grad
-  def slopes(change):
+  def slopes(change, variables):
     params = dict(variables['params'])
     for stage, value in change.items():
       params[stage] = {**params[stage], 'stage_attention': {'change': value}}
@@ -194,9 +198,11 @@ def assert_as_with_probes(name, attention, side, **fields):
   shapes = jax.eval_shape(lambda: probed.init(jax.random.key(0), images, train=False))['params']
   change = {k: jnp.zeros_like(a) for k, a in stages.items() if 'stage_attention' in shapes[k]}
   assert change
-  for stage, slope in slopes(change).items():
-    weights = np.mean(slope, (1, 2), keepdims=True)
-    assert_close(cams[stage], np.maximum(np.sum(weights * stages[stage], -1), 0), 1e-8)
+  for stage, slope in slopes(change, variables).items():
+    sums = np.sum(np.mean(slope, (1, 2), keepdims=True) * stages[stage], -1)
+    # Of all sums, since none may be positive.
+    tolerance = 1e-8 * np.max(np.abs(sums))
+    np.testing.assert_allclose(cams[stage], np.maximum(sums, 0), rtol=0, atol=tolerance)
 
 
 def test_stages_against_a_probe(x64):
