@@ -4,8 +4,10 @@ The file is as they publish it: names with `module.`, in a dictionary with 'stat
 a .pth can have); the weights are those behind the golden files.
 """
 
+import functools
 import json
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -14,6 +16,7 @@ import safetensors.numpy
 from cbam_jax import create_model, from_torch, load_state_dict
 from cbam_jax.cli import main
 from cbam_jax.data.preprocessing import Preprocessing
+from cbam_jax.interop.export import load_stablehlo
 from tests.cli.test_networks import assert_same_files
 from tests.cli.trained import picture, probabilities
 from tests.golden import weights
@@ -82,3 +85,10 @@ def test_the_released_layout_goes_through_everything(released, case, tmp_path, c
   assert main(['convert', str(tmp_path / 'net'), str(tmp_path / 'back.safetensors')]) == 0
   if released.suffix == '.safetensors':
     assert_same_files(released, tmp_path / 'back.safetensors')
+
+  artifact = tmp_path / 'net.stablehlo'
+  assert main(['export', *weights_told, '--format=stablehlo', f'--out={artifact}']) == 0
+  images = np.random.default_rng(0).standard_normal((2, side, side, 3), np.float32)
+  expected = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+  logits = jax.jit(load_stablehlo(artifact).call)(images)
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.max(np.abs(expected)))

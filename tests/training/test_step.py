@@ -13,7 +13,7 @@ from cbam_jax.data import Batch, train_batches
 from cbam_jax.training import experiment as experiment_module
 from cbam_jax.training.experiment import Experiment
 from cbam_jax.training.keys import KEYS, Key
-from cbam_jax.training.step import SUMMED, cross_entropy, smooth, sum_metrics
+from cbam_jax.training.step import SUMMED, _all_finite, cross_entropy, smooth, sum_metrics
 
 # ---- loss and metrics ------------------------------------------------------------------------
 
@@ -150,6 +150,31 @@ def test_a_step_is_compiled_once_and_consumes_its_state(tiny_config):
     experiment.evaluate(state.variables)
   assert experiment.compiled_train_step._cache_size() == 1
   assert experiment._eval_step._cache_size() == 1
+
+
+def test_the_compiled_step_grows_no_faster_than_the_number_of_parameters():
+  def compiled(count: int) -> str:
+    leaves = [jnp.ones(i + 1) for i in range(count)]
+
+    def update(gradients):
+      finite = _all_finite(gradients)
+      return [
+        jnp.where(finite, leaf - gradient, leaf)
+        for leaf, gradient in zip(leaves, gradients, strict=True)
+      ]
+
+    return jax.jit(update).lower(leaves).compile().as_text()
+
+  assert compiled(40).count(' = ') < 2.2 * compiled(20).count(' = ')
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_one_bad_element_is_found_wherever_it_is(bad):
+  leaves = [jnp.ones(3), jnp.ones((2, 2)), jnp.ones(())]
+  assert jax.jit(_all_finite)(leaves)
+  for i, leaf in enumerate(leaves):
+    spoilt = leaf.at[(-1,) * leaf.ndim].set(bad)
+    assert not jax.jit(_all_finite)([*leaves[:i], spoilt, *leaves[i + 1 :]])
 
 
 def test_the_state_is_on_every_device_and_the_batch_is_split(tiny_config):
