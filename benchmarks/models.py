@@ -1,19 +1,27 @@
-"""Time of a network's forward pass and train step, beside PyTorch's on the same machine.
+"""Time, memory and compilation of networks, beside PyTorch's on the same CPU.
 
 The peers run in one process and in turn, so that a drift of the machine's speed meets all alike;
-the table gives medians, and the median of the ratios round by round. PyTorch runs timm's networks
-eagerly in both memory formats, of which the faster is compared; its train step is timm's network
-under `torch.optim.SGD`. "linen" is our network with each 1x1 convolution left to XLA's convolution.
+the table gives medians, and the median of the ratios round by round. Each then runs in a process of
+its own for the seconds to its first result and the largest resident memory of one step after that,
+whatever the process held before counted.
+
+PyTorch runs timm's networks, eagerly and by `torch.compile`, in both memory formats, and for CBAM
+in the paper's form as well as in timm's; the fastest is compared. "definition" is our network with
+CBAM step by step and each 1x1 convolution left to XLA's convolution.
 
   pip install 'cbam-jax[train,bench]'
   python benchmarks/models.py [--models resnet50] [--attention none cbam] [--steps forward train]
 """
 
 import argparse
+import concurrent.futures
+import functools
+import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -21,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import timm
 import torch
+from pytorch_networks import NAMES, network
 
 import cbam_jax
 from cbam_jax.layers import Conv
@@ -29,19 +38,17 @@ from cbam_jax.training.optimizer import sgd
 from cbam_jax.training.state import create_state
 from cbam_jax.training.step import make_train_step
 
-# timm's names, and how it is told the attention.
-TIMM_NAMES = {'resnet50': 'resnet50', 'resnext50_32x4d': 'resnext50_32x4d', 'resnet18': 'resnet18'}
+ATTENTIONS = ('none', 'se', 'bam', 'cbam')
 
 Runner = Callable[[], None]
 
 
-def ours(model: Classifier, images: np.ndarray, step: str) -> Runner:
-  """Runs our network, compiled."""
+def compiled(model: Classifier, images: np.ndarray, step: str) -> Runner:
+  """Runs a network of ours."""
   nhwc = jnp.asarray(images.transpose(0, 2, 3, 1))
   if step == 'forward':
     variables = model.init(jax.random.key(0), nhwc[:1], train=False)
     forward = jax.jit(lambda x: model.apply(variables, x, train=False))
-    forward(nhwc)
     return lambda: jax.block_until_ready(forward(nhwc))
 
   optimizer = sgd(0.1)
@@ -50,9 +57,9 @@ def ours(model: Classifier, images: np.ndarray, step: str) -> Runner:
     'label': jnp.arange(len(images)),
     'mask': jnp.ones(len(images), bool),
   }
-  train_step = jax.jit(make_train_step(model, optimizer, lambda x: x), donate_argnums=0)
+  train_step = make_train_step(model, optimizer, lambda x: x, lambda step: 0.1)
+  train_step = jax.jit(train_step, donate_argnums=0)
   state = create_state(model, optimizer, jax.random.key(0), nhwc.shape[1:])
-  state, _ = train_step(state, batch)
 
   def run() -> None:
     nonlocal state
@@ -62,41 +69,78 @@ def ours(model: Classifier, images: np.ndarray, step: str) -> Runner:
   return run
 
 
-def linen(model: Classifier, images: np.ndarray, step: str) -> Runner:
-  """Runs our network with 1x1 convolutions as convolutions."""
+def ours(name: str, attention: str, images: np.ndarray, step: str) -> Runner:
+  """Our network."""
+  return compiled(cbam_jax.create_model(name, attention=attention), images, step)
+
+
+def definition(name: str, attention: str, images: np.ndarray, step: str) -> Runner:
+  """Our network as plain linen: nothing fused, 1x1 convolutions as convolutions."""
+
+  def plain(name: str) -> cbam_jax.CBAM:
+    return cbam_jax.CBAM(implementation='plain', name=name)
+
+  model = cbam_jax.create_model(name, attention=plain if attention == 'cbam' else attention)
+  run = compiled(model, images, step)
   with mock.patch.object(Conv, '_pointwise', Conv._convolve):
-    return ours(model, images, step)
+    run()
+  return run
 
 
 def pytorch(
-  name: str, attention: str, images: np.ndarray, step: str, channels_last: bool
+  name: str,
+  attention: str,
+  images: np.ndarray,
+  step: str,
+  *,
+  channels_last: bool,
+  optimized: bool,
 ) -> Runner:
-  """Runs timm's network eagerly."""
-  layer = None if attention == 'none' else attention
-  network = timm.create_model(TIMM_NAMES[name], block_args={'attn_layer': layer})
+  """PyTorch's network, by `torch.compile` if `optimized`."""
+  torch.manual_seed(0)
+  module = network(name, attention)
   inputs = torch.from_numpy(images)
   if channels_last:
-    network = network.to(memory_format=torch.channels_last)
+    module = module.to(memory_format=torch.channels_last)
     inputs = inputs.contiguous(memory_format=torch.channels_last)
+  call = torch.compile(module) if optimized else module
   if step == 'forward':
-    network.eval()
+    module.eval()
 
     def forward() -> None:
       with torch.inference_mode():
-        network(inputs)
+        call(inputs)
 
     return forward
 
-  network.train()
+  module.train()
   labels = torch.arange(len(images))
-  optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+  optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
 
   def train() -> None:
     optimizer.zero_grad(set_to_none=True)
-    torch.nn.functional.cross_entropy(network(inputs), labels).backward()
+    torch.nn.functional.cross_entropy(call(inputs), labels).backward()
     optimizer.step()
 
   return train
+
+
+def peers(name: str, attention: str, images: np.ndarray, step: str) -> dict[str, Callable]:
+  """What makes each peer's runner, by its name."""
+  arguments = (images, step)
+  makers = {
+    'cbam_jax': functools.partial(ours, name, attention, *arguments),
+    'definition': functools.partial(definition, name, attention, *arguments),
+  }
+  for form in ('cbam', 'paper_cbam') if attention == 'cbam' else (attention,):
+    for channels_last in (False, True):
+      for optimized in (False, True):
+        words = ['torch.compile' if optimized else 'PyTorch']
+        words += ['channels_last'] * channels_last + ["paper's CBAM"] * (form == 'paper_cbam')
+        makers[', '.join(words)] = functools.partial(
+          pytorch, name, form, *arguments, channels_last=channels_last, optimized=optimized
+        )
+  return makers
 
 
 def measure(runners: dict[str, Runner], rounds: int) -> dict[str, list[float]]:
@@ -113,14 +157,35 @@ def measure(runners: dict[str, Runner], rounds: int) -> dict[str, list[float]]:
   return seconds
 
 
+def first_step_and_memory(make: Callable[[], Runner]) -> tuple[float, float]:
+  """Seconds to a first result, and the largest resident memory of a later step, MB."""
+  start = time.perf_counter()
+  run = make()
+  run()
+  seconds = time.perf_counter() - start
+  run()
+  Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew
+  run()
+  status = Path('/proc/self/status').read_text()
+  return seconds, int(status.partition('VmHWM:')[2].split()[0]) / 1e3
+
+
+def alone(make: Callable[[], Runner]) -> tuple[float, float]:
+  """`first_step_and_memory` in a process of its own."""
+  fresh = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh) as pool:
+    return pool.submit(first_step_and_memory, make).result()
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--models', nargs='+', default=['resnet50'], choices=TIMM_NAMES)
-  parser.add_argument('--attention', nargs='+', default=['none', 'cbam'])
+  parser.add_argument('--models', nargs='+', default=list(NAMES[1:]), choices=NAMES)
+  parser.add_argument('--attention', nargs='+', default=list(ATTENTIONS), choices=ATTENTIONS)
   parser.add_argument('--steps', nargs='+', default=['forward', 'train'])
   parser.add_argument('--batch-size', type=int, default=16)
   parser.add_argument('--image-size', type=int, default=224)
-  parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--skip', nargs='+', default=[], help='peers whose names hold one of these')
   args = parser.parse_args()
 
   device = jax.devices()[0].device_kind
@@ -128,32 +193,30 @@ def main() -> None:
     f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; {device}'
   )
   print(f'jax {jax.__version__}, PyTorch {torch.__version__}, timm {timm.__version__}')
-  print(
-    f'float32, batch {args.batch_size} at {args.image_size}, median of {args.rounds} rounds, s\n'
-  )
-  print('| network | step | cbam_jax | linen | PyTorch | PyTorch channels_last '
-        '| best PyTorch / cbam_jax |')  # fmt: skip
+  print(f'float32, batch {args.batch_size} at {args.image_size}, median of {args.rounds} rounds\n')
+  print('| network | step | peer | s | s / cbam_jax | first result, s | memory, MB |')
   print('|---|---|---|---|---|---|---|')
   shape = (args.batch_size, 3, args.image_size, args.image_size)
   images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
   for name in args.models:
     for attention in args.attention:
       for step in args.steps:
-        model = cbam_jax.create_model(name, attention=attention)
-        runners = {
-          'ours': ours(model, images, step),
-          'linen': linen(model, images, step),
-          'nchw': pytorch(name, attention, images, step, channels_last=False),
-          'nhwc': pytorch(name, attention, images, step, channels_last=True),
+        makers = {
+          peer: make
+          for peer, make in peers(name, attention, images, step).items()
+          if not any(word in peer for word in args.skip)
         }
-        seconds = measure(runners, args.rounds)
-        medians = {peer: statistics.median(times) for peer, times in seconds.items()}
-        best = min('nchw', 'nhwc', key=medians.__getitem__)
-        ratio = statistics.median(
-          theirs / own for theirs, own in zip(seconds[best], seconds['ours'], strict=True)
-        )
-        cells = ' | '.join(f'{medians[peer]:.3f}' for peer in runners)
-        print(f'| {name}, {attention} | {step} | {cells} | {ratio:.2f} |', flush=True)
+        seconds = measure({peer: make() for peer, make in makers.items()}, args.rounds)
+        for peer, make in makers.items():
+          ratio = statistics.median(
+            theirs / own for theirs, own in zip(seconds[peer], seconds['cbam_jax'], strict=True)
+          )
+          first, memory = alone(make)
+          print(
+            f'| {name}, {attention} | {step} | {peer} | {statistics.median(seconds[peer]):.3f} '
+            f'| {ratio:.2f} | {first:.0f} | {memory:.0f} |',
+            flush=True,
+          )
 
 
 if __name__ == '__main__':

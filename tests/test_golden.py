@@ -82,6 +82,7 @@ SLOW = (
   'official_imagenet_resnet18_cbam',
   'official_imagenet_resnet50_none',
   'official_imagenet_resnet50_bam',
+  'official_imagenet_resnet50_cbam',
   'timm_seresnet50',
 )
 BIASED = network('timm_resnet50_cbam', 'resnet50', 'cbam')

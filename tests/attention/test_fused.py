@@ -15,6 +15,7 @@ from cbam_jax.layers import BatchNorm
 from cbam_jax.models import ResNet
 from cbam_jax.models.base import finish_block
 from tests.layers.random_variables import random_variables
+from tests.optimized import optimized_jit
 
 
 class Ending(nn.Module):
@@ -68,7 +69,7 @@ def outputs(ending, x, shortcut, train):
     )
     return jnp.sum(y * weights), (y, updated)
 
-  gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
+  gradient = optimized_jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
   return gradient(variables['params'], x, shortcut)
 
 

@@ -1,7 +1,5 @@
 """One sweep over the registry: every network with every attention."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from jax.extend import core
 from cbam_jax.models import vgg
 from tests.layers.random_variables import random_features, random_variables
 from tests.models.networks import ALL, ATTENTIONS, image_shape, make
+from tests.optimized import optimized_jit
 
 
 def networks(*quick):
@@ -98,8 +97,7 @@ def test_runs_are_finite_and_compile_once(name, attention, dtype):
   images = random_features(image_shape(name), dtype=np.float32)
   variables = random_variables(model, images, train=False)
 
-  # In all of them, compilation takes nearly all the time, and to optimise has no part in this.
-  @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+  @jax.jit
   def step(variables, images):
     logits, updates = model.apply(variables, images, train=True, mutable=['batch_stats'])
     return logits, {**variables, **updates}
@@ -133,7 +131,7 @@ WITHOUT_GRADIENT = {
 }
 
 
-@networks(('resnet18', 'cbam'))
+@networks()
 @pytest.mark.usefixtures('small_vgg')
 def test_gradients(name, attention, x64):
   """Every parameter has one, and `jit` changes none: see `max_over_axis` for what would."""
@@ -151,7 +149,7 @@ def test_gradients(name, attention, x64):
 
   gradient = jax.grad(loss)
   plain = jax.tree_util.tree_leaves_with_path(gradient(variables['params']))
-  jitted = jax.tree.leaves(jax.jit(gradient)(variables['params']))
+  jitted = jax.tree.leaves(optimized_jit(gradient)(variables['params']))
   norms = [np.linalg.norm(leaf) for _, leaf in plain]
   largest = max(norms)
 
