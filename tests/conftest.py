@@ -5,16 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # JAX reads both when it is first imported. Eight devices let sharding be tested on any machine.
-# Half of the time that compiling takes, most of the tests' own, goes into the machine code's last
-# optimisations, which change no fusion. The tests that are about them use `optimized_jit`.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = ' '.join(
-  (
-    '--xla_backend_optimization_level=0',
-    os.environ.get('XLA_FLAGS', ''),  # the last of two wins
-    '--xla_force_host_platform_device_count=8',
-  )
-)
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+).strip()
 
 import hypothesis
 import jax
@@ -29,6 +23,10 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 if not jax.config.jax_compilation_cache_dir:
   jax.config.update('jax_compilation_cache_dir', str(ROOT / '.cache' / 'jax'))
 
+# Half of this time goes into the machine code's last optimisations, which change no fusion.
+if 'JAX_DISABLE_MOST_OPTIMIZATIONS' not in os.environ:
+  jax.config.update('jax_disable_most_optimizations', True)
+
 # An example's first run compiles, so time says nothing. The same examples every run: a failure
 # in continuous integration can be repeated.
 hypothesis.settings.register_profile('cbam_jax', deadline=None, derandomize=True)
@@ -37,11 +35,13 @@ hypothesis.settings.load_profile('cbam_jax')
 
 @pytest.fixture
 def x64() -> Iterator[None]:
-  """Lets one test compute in float64."""
-  before = jax.config.jax_enable_x64
+  """Lets one test compute in float64, optimised: no library convolves that, but XLA's own loops."""
+  before = jax.config.jax_enable_x64, jax.config.jax_disable_most_optimizations
   jax.config.update('jax_enable_x64', True)
+  jax.config.update('jax_disable_most_optimizations', False)
   yield
-  jax.config.update('jax_enable_x64', before)
+  jax.config.update('jax_enable_x64', before[0])
+  jax.config.update('jax_disable_most_optimizations', before[1])
 
 
 @pytest.fixture(scope='session')

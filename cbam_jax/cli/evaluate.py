@@ -6,9 +6,17 @@ import argparse
 import json
 from typing import Any
 
-from cbam_jax.cli.network import add_network_arguments, load_network, told_arguments
+from cbam_jax.cli.network import (
+  NETWORK_OPTIONS,
+  PICTURE_OPTIONS,
+  add_network_arguments,
+  load_network,
+  told_arguments,
+)
 from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.errors import UserError
+
+DATA_OPTIONS = ('class_names', 'data_dir', 'batch_size', 'workers')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     'without it',
   )
   data.add_argument('--data-dir', metavar='DIR', help='where it is')
-  data.add_argument('--batch-size', type=int, default=256, metavar='N', help='default: 256')
-  data.add_argument('--workers', type=int, default=0, metavar='N', help='processes that decode')
+  data.add_argument('--batch-size', type=int, metavar='N', help='default: 256')
+  data.add_argument('--workers', type=int, metavar='N', help='processes that decode; default: 0')
   parser.add_argument('--json', action='store_true', help='print JSON')
 
 
@@ -33,19 +41,23 @@ def run(arguments: argparse.Namespace) -> None:
   from cbam_jax.training.compilation_cache import keep_compiled_programs
 
   keep_compiled_programs()
-  if arguments.batch_size < 1 or arguments.workers < 0:
-    raise UserError('--batch-size must be at least 1, and --workers at least 0.')
+  batch_size = 256 if arguments.batch_size is None else arguments.batch_size
+  workers = arguments.workers or 0
+  if batch_size < 1 or workers < 0:
+    raise UserError(
+      f'--batch-size is {batch_size} and --workers {workers}; they must be at least 1 and 0.'
+    )
   if arguments.data is not None:
     metrics = evaluate_network(
       load_network(arguments),
       arguments.data,
       arguments.data_dir,
-      batch_size=arguments.batch_size,
-      workers=arguments.workers,
+      batch_size=batch_size,
+      workers=workers,
     )
   elif arguments.workdir is None:
     raise UserError('name the data set to evaluate --weights on, with --data and --data-dir.')
-  elif told := told_arguments(arguments):
+  elif told := told_arguments(arguments, (*NETWORK_OPTIONS, *PICTURE_OPTIONS, *DATA_OPTIONS)):
     raise UserError(
       f'--workdir alone is evaluated on its own data in its own way; with {", ".join(told)}, name '
       'the data set as well, with --data and --data-dir.'
@@ -70,6 +82,11 @@ def report(metrics: dict[str, Any]) -> str:
       f'{round(metrics[key] * count):,} of {count:,} images'
     )
   lines.append(f'loss  {metrics["loss"]:.4f}')
+  if metrics['data_classes'] != metrics['classes']:
+    lines.append(
+      f'the network has {metrics["classes"]:,} classes and the data {metrics["data_classes"]:,}: '
+      'they were compared by their places'
+    )
   if metrics['unread']:
     lines.append(f'{metrics["unread"]:,} images could not be read, and do not count')
   lines.append('in brackets: 95 % confidence intervals')

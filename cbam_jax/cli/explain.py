@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from cbam_jax.cli.network import add_network_arguments, load_network
-from cbam_jax.cli.pictures import find_pictures, read_picture
+from cbam_jax.cli.pictures import find_pictures
 from cbam_jax.data.boxes import read_coco, read_voc
 from cbam_jax.errors import RunError, UserError, check_choice, near
+from cbam_jax.explain.reading import read_picture, shown
 from cbam_jax.explain.score import compare, summarise
 from cbam_jax.explain.scoring import score_networks
 from cbam_jax.explain.views import METHODS, View, view
@@ -22,6 +25,8 @@ from cbam_jax.files import whole_file
 from cbam_jax.interop.pretrained import Pretrained
 from cbam_jax.models.description import describe
 from cbam_jax.models.registry import ATTENTIONS
+
+REPORT = 'report.html'
 
 METHOD_NAMES = {
   'grad_cam': 'Grad-CAM',
@@ -60,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
   """Draws, or scores."""
   check_choice('--method', arguments.method, METHODS)
+  if arguments.method == 'eigen_cam' and arguments.chosen is not None:
+    raise UserError(
+      f'--class is {arguments.chosen!r}, but Eigen-CAM knows no classes; leave it out, or choose '
+      'another --method.'
+    )
   if arguments.score:
     if arguments.boxes is None or arguments.images_dir is None or arguments.images:
       raise UserError('--score takes --boxes and --images-dir, and no further pictures.')
@@ -68,7 +78,30 @@ def run(arguments: argparse.Namespace) -> None:
   if not arguments.images or arguments.out is None:
     raise UserError('name pictures, and a folder for what is drawn with --out DIR.')
   paths = find_pictures(arguments.images)
-  _draw(arguments, paths, _networks(arguments))
+  out = Path(arguments.out).expanduser()
+  panels = _panel_names(paths)
+  _check_targets(paths, [out / name for name in (*panels, REPORT)])
+  _draw(arguments, out, dict(zip(paths, panels, strict=True)), _networks(arguments))
+
+
+def _check_targets(paths: list[Path], targets: list[Path]) -> None:
+  """Raises `UserError` if what is drawn would take the place of a picture it is drawn from."""
+  pictures = {_identity(path) for path in paths}
+  for target in targets:
+    if _identity(target) in pictures:
+      raise UserError(
+        f'{shown(target)} is one of the pictures, and what is drawn would take its place; choose '
+        'another --out.'
+      )
+
+
+def _identity(path: Path) -> object:
+  """What a file is known by however it is spelt; the path of one that does not exist."""
+  try:
+    stat = path.stat()
+  except OSError:
+    return path
+  return stat.st_dev, stat.st_ino
 
 
 def _networks(arguments: argparse.Namespace) -> dict[str, Pretrained]:
@@ -79,7 +112,10 @@ def _networks(arguments: argparse.Namespace) -> dict[str, Pretrained]:
   names = arguments.compare.split(',')
   for name in names:
     check_choice('a network to compare', name, ATTENTIONS)
-  if '{attention}' not in (arguments.weights or arguments.workdir):
+  if len(set(names)) < len(names):
+    raise UserError(f'--compare={arguments.compare} has a name twice; give each once.')
+  where = arguments.weights or arguments.workdir
+  if '{attention}' not in where:
     raise UserError(
       f'--compare={arguments.compare} needs a place for each in --weights or --workdir, such as '
       "--weights='runs/resnet50_{attention}'."
@@ -90,7 +126,13 @@ def _networks(arguments: argparse.Namespace) -> dict[str, Pretrained]:
       'the networks take different parts of a picture; set the same for all with --image-size, '
       '--resized-side, --interpolation, --mean and --std.'
     )
-  return {_title(network): network for network in networks}
+  titles = [_title(network) for network in networks]
+  paths = [shown(where.replace('{attention}', name)) for name in names]
+  unique = [
+    title if titles.count(title) == 1 else f'{title} ({path})'
+    for title, path in zip(titles, paths, strict=True)
+  ]
+  return dict(zip(unique, networks, strict=True))
 
 
 def _title(network: Pretrained) -> str:
@@ -132,42 +174,54 @@ def _class_number(network: Pretrained, chosen: str | None) -> int | None:
 
 
 def _draw(
-  arguments: argparse.Namespace, paths: list[Path], networks: dict[str, Pretrained]
+  arguments: argparse.Namespace,
+  out: Path,
+  panels: dict[Path, str],
+  networks: dict[str, Pretrained],
 ) -> None:
+  """Writes the panels, of the names that the pictures' paths map to, and the page."""
   from cbam_jax.explain.figures import draw_panel
   from cbam_jax.explain.report import Entry, write_report
 
   preprocessing = next(iter(networks.values())).preprocessing
-  pictures = [read_picture(path, preprocessing) for path in paths]
+  pictures = [read_picture(path, preprocessing) for path in panels]
   for picture in pictures:
     if picture.error:
-      print(f'{picture.path} cannot be read: {picture.error}', file=sys.stderr)
+      print(f'{shown(picture.path)} cannot be read: {picture.error}', file=sys.stderr)
   seen = {picture.path: picture.seen for picture in pictures if picture.seen is not None}
   if seen:
-    out = Path(arguments.out).expanduser()
     entries = [
-      Entry(str(path), image, views)
+      Entry(shown(path), image, views)
       for (path, image), views in zip(
         seen.items(), _views(arguments, networks, list(seen.values())), strict=True
       )
     ]
-    for panel, entry in zip(_panel_names(list(seen)), entries, strict=True):
-      with whole_file(out / panel) as partial:
+    for path, entry in zip(seen, entries, strict=True):
+      with whole_file(out / panels[path]) as partial:
         draw_panel(partial, entry.title, entry.image, entry.views)
     stage = arguments.stage or 'the last stage'
-    with whole_file(out / 'report.html') as partial:
+    with whole_file(out / REPORT) as partial:
       write_report(partial, entries, method=METHOD_NAMES[arguments.method], stage=stage)
-    print(f'{out / "report.html"} shows {len(entries)} pictures; a panel of each is beside it')
-  if unread := len(paths) - len(seen):
-    raise RunError(f'{unread} of {len(paths)} pictures could not be read; they are named above.')
+    print(f'{shown(out / REPORT)} shows {len(entries)} pictures; a panel of each is beside it')
+  if unread := len(panels) - len(seen):
+    raise RunError(f'{unread} of {len(panels)} pictures could not be read; they are named above.')
 
 
 def _panel_names(paths: list[Path]) -> list[str]:
   """A name for each panel, numbered where two pictures are called the same."""
-  stems = [path.stem for path in paths]
-  return [
-    f'{stem}.png' if stems.count(stem) == 1 else f'{stem}-{i}.png' for i, stem in enumerate(stems)
-  ]
+  # In lower case, because a disk may not tell A.png from a.png.
+  count = collections.Counter(path.stem.lower() for path in paths)
+  taken = set(count)
+  numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+  names = []
+  for path in paths:
+    name = path.stem
+    if count[name.lower()] > 1:
+      numbered = (f'{path.stem}-{i}' for i in numbers[name.lower()])
+      name = next(name for name in numbered if name.lower() not in taken)
+      taken.add(name.lower())
+    names.append(f'{name}.png')
+  return names
 
 
 def _score(arguments: argparse.Namespace, networks: dict[str, Pretrained]) -> None:
@@ -196,9 +250,10 @@ def _score(arguments: argparse.Namespace, networks: dict[str, Pretrained]) -> No
     print(json.dumps(everything, indent=2))
     return
   print(f'{METHOD_NAMES[arguments.method]}, {next(iter(summaries.values())).count} class maps')
-  print(f'{"":<36}{"pointing game":<28}energy in the boxes')
   rows = [(title, s.pointing, s.energy) for title, s in summaries.items()]
   rows += [(title, c.pointing, c.energy) for title, c in pairs.items()]
+  width = max(36, *(len(title) + 2 for title, *_ in rows))
+  print(f'{"":<{width}}{"pointing game":<28}energy in the boxes')
   for title, pointing, energy in rows:
-    print(f'{title:<36}{pointing!s:<28}{energy}')
+    print(f'{title:<{width}}{pointing!s:<28}{energy}')
   print('in brackets: 95 % confidence intervals')

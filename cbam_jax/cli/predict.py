@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from cbam_jax.cli.network import add_network_arguments, load_network
-from cbam_jax.cli.pictures import find_pictures, read_picture
+from cbam_jax.cli.pictures import find_pictures
 from cbam_jax.errors import RunError, UserError
+from cbam_jax.explain.reading import read_picture, shown
 from cbam_jax.explain.views import class_name
 from cbam_jax.interop.pretrained import Pretrained
 
@@ -66,9 +67,9 @@ def predictions(network: Pretrained, paths: list[Any], top: int) -> Iterator[dic
       rows = iter(np.asarray(probabilities(network.variables, batch)))
     for picture in pictures:
       if picture.error:
-        yield {'image': str(picture.path), 'error': picture.error}
+        yield {'image': shown(picture.path), 'error': picture.error}
       else:
-        yield {'image': str(picture.path), 'predictions': _best(next(rows), network, top)}
+        yield {'image': shown(picture.path), 'predictions': _best(next(rows), network, top)}
 
 
 def _best(probabilities: np.ndarray, network: Pretrained, top: int) -> list[dict[str, Any]]:

@@ -28,8 +28,9 @@ class Preprocessing:
     std: Likewise.
 
   Raises:
-    UserError: On a side under 1 or a crop larger than what it is cut from, an unknown
-      interpolation, or a mean and std that are not one or three numbers each, std not zero.
+    UserError: On a side that is no whole number of at least 1, a crop larger than what it is cut
+      from, an unknown interpolation, or a mean and std that are not one or three numbers each, std
+      not zero.
   """
 
   image_size: int = 224
@@ -42,10 +43,11 @@ class Preprocessing:
     check_choice('the interpolation', self.interpolation, RESAMPLINGS)
     for name in ('mean', 'std'):  # JSON has lists alone
       object.__setattr__(self, name, tuple(getattr(self, name)))
-    if self.image_size < 1 or (self.resized_side or self.image_size) < self.image_size:
+    sides = (self.image_size, self.image_size if self.resized_side is None else self.resized_side)
+    if not all(isinstance(side, int) for side in sides) or not 1 <= sides[0] <= sides[1]:
       raise UserError(
-        f'a crop of {self.image_size} pixels from a side of {self.resized_side} is impossible; the '
-        'crop must be at least 1 and no larger than the side.'
+        f'a crop of {self.image_size} pixels from a side of {self.resized_side} is impossible; '
+        'both must be whole numbers, and the crop at least 1 and no larger than the side.'
       )
     numbers = (*self.mean, *self.std)
     if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):

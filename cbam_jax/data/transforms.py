@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cbam_jax.data.images import Box, decode, decode_box, image_size, resize_bilinear
+from cbam_jax.data.images import MOST_PIXELS, Box, decode, decode_box, image_size, resize_bilinear
 from cbam_jax.data.randaugment import randaugment
 from cbam_jax.errors import check_choice, require
 
@@ -82,10 +82,18 @@ def random_shift(image: np.ndarray, rng: np.random.Generator, padding: int) -> n
 def centre_crop(
   image: np.ndarray, size: int, resized_side: int, interpolation: str = 'bilinear'
 ) -> np.ndarray:
-  """The shorter side resized to `resized_side`, of at least `size`, then the central square."""
+  """The shorter side resized to `resized_side`, of at least `size`, then the central square.
+
+  Raises:
+    ValueError: If that makes more pixels than any image may have: of a long strip, a small one can.
+  """
   height, width, _ = image.shape
   scale = resized_side / min(height, width)
   h, w = max(resized_side, int(height * scale)), max(resized_side, int(width * scale))
+  if h * w > MOST_PIXELS:
+    raise ValueError(
+      f'{height} x {width} pixels come to {h} x {w}, more than the {MOST_PIXELS} allowed'
+    )
   image = resize(image, h, w, (0, 0, width, height), interpolation)
   top, left = round((h - size) / 2), round((w - size) / 2)
   return image[top : top + size, left : left + size]

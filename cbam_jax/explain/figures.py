@@ -33,7 +33,7 @@ def draw_panel(path: Path, title: str, image: np.ndarray, views: Sequence[View])
 
   heights = [h for view in views for h in (2.6, *[2.2] * _rows(view))]
   figure = Figure(figsize=(13, 0.9 + sum(heights)), layout='constrained')
-  figure.suptitle(title, x=0.01, ha='left', fontweight='bold')
+  figure.suptitle(title, x=0.01, ha='left', fontweight='bold', parse_math=False)
   figure.supxlabel(
     'Colours from purple (least) to yellow (most): class maps relative to their maximum, '
     'attention from the least gate to the largest.',
@@ -53,7 +53,7 @@ def _rows(view: View) -> int:
 
 def _draw_classes(part: Any, image: np.ndarray, view: View) -> None:
   """The image, where the network sees classes in it, and how probable it finds them."""
-  part.suptitle(view.network, x=0.01, ha='left', fontsize='medium')
+  part.suptitle(view.network, x=0.01, ha='left', fontsize='medium', parse_math=False)
   # As wide as three maps, so that what there is of them has the same place in every panel.
   axes = part.subplots(1, 4, width_ratios=[1, 1, 1, 2])
   for axis in axes[:3]:
@@ -62,12 +62,13 @@ def _draw_classes(part: Any, image: np.ndarray, view: View) -> None:
   axes[0].set_title('what the network sees', fontsize='small')
   for axis, found in zip(axes[1:3], view.class_maps, strict=False):
     axis.imshow(overlay(image, found.cam))
-    axis.set_title(f'{_short(found.name)}, {found.probability:.1%}', fontsize='small')
+    title = f'{_short(found.name)}, {found.probability:.1%}'
+    axis.set_title(title, fontsize='small', parse_math=False)
   names = [_short(name) for name, _ in view.top]
   places = np.arange(len(names))
   drawn = axes[3].barh(places, [100 * p for _, p in view.top], color='tab:blue')
   axes[3].bar_label(drawn, fmt='%.1f', padding=3, fontsize='small')
-  axes[3].set_yticks(places, names, fontsize='small')
+  axes[3].set_yticks(places, names, fontsize='small', parse_math=False)
   axes[3].invert_yaxis()
   axes[3].set_xlim(0, 112)
   axes[3].set_xlabel('probability, %', fontsize='small')
@@ -81,7 +82,7 @@ def _draw_attention(part: Any, row: Sequence[AttentionMap]) -> None:
     axis.axis('off')
   for (above, below), attention in zip(axes.T, row, strict=False):
     spatial, channel = attention.spatial, attention.channel
-    above.set_title(attention.name, fontsize='small')
+    above.set_title(attention.name, fontsize='small', parse_math=False)
     if spatial is not None:
       above.imshow(stretched(spatial), cmap=COLOURS, interpolation='nearest')
       above.text(

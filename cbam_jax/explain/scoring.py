@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbam_jax.data.boxes import BoxedImage, through
-from cbam_jax.data.images import decode
 from cbam_jax.data.preprocessing import Preprocessing
-from cbam_jax.errors import UserError, check_choice, first_line
+from cbam_jax.errors import UserError, check_choice
+from cbam_jax.explain.reading import read_picture, shown
 from cbam_jax.explain.score import TOLERANCE, Score, score
 from cbam_jax.explain.views import BATCH_SIZE, METHODS, last_stage
 
@@ -98,20 +98,16 @@ def _objects(
 ) -> Iterator[_Object]:
   """What is to be scored; without `known` names, all boxes of a picture together, of class -1."""
   for picture in boxed:
-    try:
-      pixels = decode(picture.path.read_bytes())
-      image = preprocessing(pixels)
-    except UserError:
-      raise
-    except Exception as error:  # Pillow raises nearly anything on a damaged file
-      logger.warning('%s cannot be read: %s', picture.path, first_line(error))
+    _, size, image, error = read_picture(picture.path, preprocessing)
+    if image is None:
+      logger.warning('%s cannot be read: %s', shown(picture.path), error)
       continue
     names = np.array(picture.names)
     for name in sorted(set(picture.names)) if known is not None else ('',):
       if known is not None and name not in known:
         continue
       own = picture.boxes if known is None else picture.boxes[names == name]
-      boxes, _ = through(preprocessing, own, *pixels.shape[:2])
+      boxes, _ = through(preprocessing, own, *size)
       if len(boxes):
         yield _Object(image, boxes, -1 if known is None else known[name])
 

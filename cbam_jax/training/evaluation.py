@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
+from cbam_jax.errors import UserError
 from cbam_jax.interop.pretrained import Pretrained
 from cbam_jax.models.description import describe
 from cbam_jax.training.config import OWN_KEYS, default_config
@@ -42,9 +44,11 @@ def load_run(workdir: str) -> Run:
   folder = Workdir(workdir)
   experiment = Experiment(_for_evaluation(folder.config()))
   step, state = _restore_best(folder, experiment)
-  network = Pretrained(
-    experiment.model, state.variables, experiment.preprocessing, folder.class_names()
-  )
+  classes = folder.class_names()
+  if classes is not None:  # a network may have more classes than its data
+    unnamed = range(len(classes), experiment.model.num_classes)
+    classes = (*classes, *(f'class {i}' for i in unnamed))
+  network = Pretrained(experiment.model, state.variables, experiment.preprocessing, classes)
   return Run(network, experiment, step)
 
 
@@ -93,13 +97,15 @@ def evaluate_network(
     workers: Processes that decode; 0 for threads of this one.
 
   Returns:
-    What was evaluated: 'model', 'attention', 'data' and 'preprocessing' (a dictionary). What came
+    What was evaluated: 'model', 'attention', 'data', 'preprocessing' (a dictionary), and how many
+    'classes' the network and 'data_classes' the data has, which are compared by place. What came
     out: 'loss', 'top1' and 'top5' (fractions of 1), 'count' of examples, 'unread' ones that no
     decoder could read and that do not count, and 'top1_interval' and 'top5_interval', the 95 %
     confidence intervals (Wilson's) of the fractions over all that the examples stand for.
 
   Raises:
-    UserError: If the data set is not there, or does not fit the network.
+    UserError: If the data set is not there or does not fit the network, or its classes have the
+      network's names in other places.
     RunError: If too many of its images cannot be read.
   """
   config = default_config()
@@ -119,7 +125,26 @@ def evaluate_network(
   config.data.dir = data_dir
   config.data.workers = workers
   config.eval_batch_size = batch_size
-  return _evaluate(Experiment(_for_evaluation(config)), network.variables)
+  experiment = Experiment(_for_evaluation(config))
+  _check_classes(network.classes, getattr(experiment.test_source, 'classes', None), data)
+  return _evaluate(experiment, network.variables)
+
+
+def _check_classes(
+  network: Sequence[str] | None, data_set: Sequence[str] | None, data: str
+) -> None:
+  """Refuses names that tell that a label is another class to the network.
+
+  Names with nothing in common, such as words and synsets, tell nothing.
+  """
+  if network is None or data_set is None or set(network).isdisjoint(data_set):
+    return
+  for label, (one, other) in enumerate(zip(network, data_set, strict=False)):
+    if one != other:
+      raise UserError(
+        f'class {label} is {one!r} to the network and {other!r} in {data}; evaluate it on a data '
+        'set with its classes in its order, or give the network the right --class-names.'
+      )
 
 
 def full_name(data: str) -> str:
@@ -138,6 +163,8 @@ def _evaluate(experiment: Experiment, variables: Any) -> dict[str, Any]:
     'attention': config.model.attention,
     'data': config.data.name,
     'preprocessing': experiment.preprocessing.to_dict(),
+    'classes': experiment.model.num_classes,
+    'data_classes': experiment.test_source.num_classes,
     **(experiment.evaluate(variables) or {}),
   }
   count = metrics['count']

@@ -15,7 +15,6 @@ from cbam_jax.layers import BatchNorm
 from cbam_jax.models import ResNet
 from cbam_jax.models.base import finish_block
 from tests.layers.random_variables import random_variables
-from tests.optimized import optimized_jit
 
 
 class Ending(nn.Module):
@@ -69,7 +68,7 @@ def outputs(ending, x, shortcut, train):
     )
     return jnp.sum(y * weights), (y, updated)
 
-  gradient = optimized_jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
+  gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
   return gradient(variables['params'], x, shortcut)
 
 

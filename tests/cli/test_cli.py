@@ -256,6 +256,8 @@ def test_evaluate_prints_lines_or_json(capsys, monkeypatch):
     'top5': 1.0,
     'count': 1360,
     'unread': 1,
+    'classes': 16,
+    'data_classes': 10,
     'top1_interval': [0.9653, 0.982],
     'top5_interval': [0.9972, 1.0],
   }
@@ -270,12 +272,21 @@ def test_evaluate_prints_lines_or_json(capsys, monkeypatch):
     'top-1  97.50 %   (96.53 to 98.20)   1,326 of 1,360 images',
     'top-5 100.00 %   (99.72 to 100.00)   1,360 of 1,360 images',
     'loss  0.0625',
+    'the network has 16 classes and the data 10: they were compared by their places',
     '1 images could not be read, and do not count',
     'in brackets: 95 % confidence intervals',
   ]
   assert main(['evaluate', '--workdir=runs/digits', '--json']) == 0
   assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(metrics))
   assert asked == ['runs/digits'] * 2
+
+
+@pytest.mark.parametrize(
+  'option', ['--data-dir=there', '--batch-size=7', '--workers=2', '--class-names=names.txt']
+)
+def test_a_run_alone_is_evaluated_in_its_own_way(refused, tmp_path, option):
+  message = refused('evaluate', f'--workdir={tmp_path}', option)
+  assert f'with {option.partition("=")[0]}, name the data set as well' in message
 
 
 # ---- models ----------------------------------------------------------------------------------

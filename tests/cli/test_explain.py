@@ -4,8 +4,11 @@ import base64
 import functools
 import io
 import json
+import os
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,9 +17,11 @@ import pytest
 
 from cbam_jax import explain
 from cbam_jax.cli import main
+from cbam_jax.cli.explain import _panel_names
+from cbam_jax.explain.figures import draw_panel
 from cbam_jax.explain.pictures import bars, coloured, overlay, stretched
 from cbam_jax.explain.score import score
-from cbam_jax.explain.views import view
+from cbam_jax.explain.views import AttentionMap, ClassMap, View, view
 from cbam_jax.interop.pretrained import save_pretrained
 from tests.cli.trained import CLASSES, network, picture, write_pictures
 
@@ -85,6 +90,55 @@ def test_every_picture_gets_a_panel_and_a_place_in_the_report(home, tmp_path, ca
   assert 2 * (1 + 2 + 2) <= len(page.images) <= 2 * (1 + 4 + 2)
   for source in page.images:
     PIL.Image.open(io.BytesIO(base64.b64decode(source.partition(',')[2]))).verify()
+
+
+def test_a_name_may_be_any_bytes(home, tmp_path, capsys):
+  # Neither UTF-8, nor what matplotlib could read as a formula.
+  file = tmp_path / os.fsdecode(b'caf\xe9 $\\q$.jpg')
+  shutil.copy(home / 'pictures' / '0.jpg', file)
+  broken = tmp_path / os.fsdecode(b'\xff.jpg')
+  shutil.copy(home / 'pictures' / 'broken.jpg', broken)
+  weights, out = f'--weights={home / "net_none"}', tmp_path / os.fsdecode(b'out\xe9')
+  assert main(['explain', str(file), str(broken), weights, f'--out={out}']) == 1
+  output = capsys.readouterr()
+  assert f'{tmp_path}/out\ufffd/report.html shows 1 pictures' in output.out
+  assert f'{tmp_path}/\ufffd.jpg cannot be read' in output.err
+  assert sorted(out.iterdir()) == sorted([out / f'{file.stem}.png', out / 'report.html'])
+  title = f'{tmp_path}/caf\ufffd $\\q$.jpg'
+  assert title in Page((out / 'report.html').read_text('utf-8')).texts
+
+
+def test_panels_have_names_of_their_own():
+  paths = ['x/a.jpg', 'y/a.jpg', 'a-0.jpg', 'b.jpg', 'B.png', 'c.jpg']
+  assert _panel_names([Path(path) for path in paths]) == [
+    'a-1.png',
+    'a-2.png',
+    'a-0.png',
+    'b-0.png',
+    'B-1.png',
+    'c.png',
+  ]
+
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
+  name = '$\\q$'
+  cam = np.ones((2, 2))
+  drawn = View(
+    name, ((name, 0.5),), (ClassMap(name, 0.5, cam),), (AttentionMap(name, cam, cam[0]),)
+  )
+  draw_panel(tmp_path / 'panel.png', name, picture(), [drawn])
+
+
+def test_networks_of_one_kind_stay_apart(home, tmp_path, monkeypatch):
+  for name in ('se', 'cbam'):
+    (tmp_path / name).symlink_to(home / 'net_cbam')
+  (tmp_path / 'none').symlink_to(home / 'net_none')
+  seen = []
+  monkeypatch.setattr('cbam_jax.cli.explain._score', lambda _, networks: seen.extend(networks))
+  command = ['explain', '--score', '--boxes=b', '--images-dir=i', '--compare=none,se,cbam']
+  assert main([*command, f'--weights={tmp_path}/{{attention}}']) == 0
+  title = 'resnet18 + cbam'
+  assert seen == ['resnet18', f'{title} ({tmp_path / "se"})', f'{title} ({tmp_path / "cbam"})']
 
 
 def test_a_view_is_what_the_functions_say():
@@ -171,6 +225,8 @@ def test_networks_are_scored_on_the_same_boxes(home, boxed, capsys):
   [
     (['--compare=none,cbam'], 'needs a place for each in --weights'),
     (['--compare=none,cbma'], "Did you mean 'cbam'"),
+    (['--compare=cbam,cbam'], 'has a name twice'),
+    (['--method=eigen_cam', '--class=newt'], 'Eigen-CAM knows no classes'),
     (['--class=newd'], "Did you mean 'newt'"),
     (['--class=3'], 'has classes 0 to 2'),
     (['--method=gradcam'], "Did you mean 'grad_cam'"),
@@ -184,6 +240,21 @@ def test_what_cannot_be_drawn_is_refused(home, tmp_path, capsys, options, messag
   output = capsys.readouterr()
   assert message in output.err
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('out', ['.', 'link', 'seen/..'])
+def test_pictures_are_not_replaced_by_their_panels(home, tmp_path, capsys, monkeypatch, out):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'seen').mkdir()
+  (tmp_path / 'link').symlink_to(tmp_path)
+  shutil.copy(home / 'pictures' / '1.jpg', 'shirt.jpg')
+  PIL.Image.fromarray(picture()).save('boot.png')
+  before = Path('boot.png').read_bytes()
+  assert main(['explain', 'shirt.jpg', 'boot.png', '--weights=nowhere', f'--out={out}']) == 2
+  message = capsys.readouterr().err
+  assert f'{Path(out) / "boot.png"} is one of the pictures' in message
+  assert 'choose another --out' in message
+  assert Path('boot.png').read_bytes() == before
 
 
 def test_a_folder_to_draw_into_is_needed(home, capsys):

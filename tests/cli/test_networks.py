@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 import zlib
 
@@ -118,6 +119,17 @@ def test_predict_takes_patterns_and_each_picture_once(home, capsys):
   assert main(['predict', *names, f'--weights={home / "net"}', '--json']) == 0
   entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [entry['image'] for entry in entries] == [str(pictures / f'{i}.jpg') for i in (0, 1)]
+
+
+def test_predict_shows_names_of_any_bytes(home, tmp_path, capsys):
+  file = tmp_path / os.fsdecode(b'caf\xe9.jpg')
+  file.write_bytes((home / 'pictures' / 'broken.jpg').read_bytes())
+  command = ['predict', str(file), f'--weights={home / "net"}']
+  assert main(command) == 1
+  first, _ = capsys.readouterr().out.splitlines()
+  assert first == f'{tmp_path}/caf\ufffd.jpg'
+  assert main([*command, '--json']) == 1
+  assert json.loads(capsys.readouterr().out)['image'] == first
 
 
 def claiming(width, height):

@@ -71,6 +71,12 @@ def test_normalize_by_hand():
   np.testing.assert_array_equal(preprocessing.normalize(images[0]), normalized[0])
 
 
+def test_a_long_strip_is_refused_before_it_fills_the_memory():
+  strip = np.zeros((4, 16_000, 3), np.uint8)
+  with pytest.raises(ValueError, match='4 x 16000 pixels come to 256 x 1024000'):
+    Preprocessing()(strip)
+
+
 def test_json_keeps_it():
   preprocessing = Preprocessing(10, None, 'bicubic', (0.1,), (0.2,))
   kept = Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict())))
@@ -92,12 +98,14 @@ def test_it_reads_as_a_line():
   [
     ({'image_size': 0}, 'a crop of 0 pixels'),
     ({'image_size': 300}, 'a crop of 300 pixels from a side of 256'),
+    ({'resized_side': 0}, 'from a side of 0'),
+    ({'image_size': 28.5}, 'must be whole numbers'),
     ({'interpolation': 'nearest'}, "the interpolation is 'nearest'; allowed: bilinear, bicubic"),
     ({'mean': (0.5,)}, 'give one number each for grey images, or three'),
     ({'std': (1, 0, 1)}, 'std not 0'),
     ({'mean': (float('nan'),) * 3}, 'must be finite'),
     ({'size': 3}, 'its fields are image_size, resized_side'),
-    ({'image_size': 'big'}, 'image_size'),
+    ({'image_size': 'big'}, 'a crop of big pixels'),
     ({'mean': 3}, 'mean'),
     ({'mean': ('a', 'b', 'c')}, 'mean'),
   ],

@@ -9,7 +9,6 @@ from jax.extend import core
 from cbam_jax.models import vgg
 from tests.layers.random_variables import random_features, random_variables
 from tests.models.networks import ALL, ATTENTIONS, image_shape, make
-from tests.optimized import optimized_jit
 
 
 def networks(*quick):
@@ -149,7 +148,7 @@ def test_gradients(name, attention, x64):
 
   gradient = jax.grad(loss)
   plain = jax.tree_util.tree_leaves_with_path(gradient(variables['params']))
-  jitted = jax.tree.leaves(optimized_jit(gradient)(variables['params']))
+  jitted = jax.tree.leaves(jax.jit(gradient)(variables['params']))
   norms = [np.linalg.norm(leaf) for _, leaf in plain]
   largest = max(norms)
 
