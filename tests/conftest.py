@@ -36,7 +36,7 @@ hypothesis.settings.load_profile('cbam_jax')
 @pytest.fixture
 def x64() -> Iterator[None]:
   """Lets one test compute in float64, optimised: no library convolves that, but XLA's own loops."""
-  before = jax.config.jax_enable_x64, jax.config.jax_disable_most_optimizations
+  before = jax.config.jax_enable_x64, jax.config.read('jax_disable_most_optimizations')
   jax.config.update('jax_enable_x64', True)
   jax.config.update('jax_disable_most_optimizations', False)
   yield
