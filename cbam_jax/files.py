@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from cbam_jax.errors import RunError, UserError
@@ -29,12 +29,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path, contents: Collection[str]) -> Iterator[Path]:
+def whole_folder(
+  path: Path, contents: Collection[str], is_ours: Callable[[Path], bool]
+) -> Iterator[Path]:
   """A folder beside `path` to write into, which takes its place at the end unless that is an error.
 
   Args:
     path: Where the folder is to be.
     contents: Names that it may hold already; a folder with others is somebody's, and is left alone.
+    is_ours: Whether a folder with such names was written by the caller, for others use them too.
 
   Raises:
     UserError: If `path` is a file, or a folder with something else in it.
@@ -49,13 +52,24 @@ def whole_folder(path: Path, contents: Collection[str]) -> Iterator[Path]:
         f'{path} holds {", ".join(others[:5])}, which writing there would lose; choose another '
         'folder, or an empty one.'
       )
+    if any(path.iterdir()) and not is_ours(path):
+      raise UserError(
+        f'{path} holds something else under the names {", ".join(contents)}, which writing there '
+        'would lose; choose another folder, or an empty one.'
+      )
   with _beside(path) as folder:
     partial = folder / 'new'
     partial.mkdir()
     yield partial
-    if path.exists():
-      os.replace(path, folder / 'old')
-    os.replace(partial, path)
+    old = folder / 'old'
+    try:
+      if path.exists():
+        os.replace(path, old)
+      os.replace(partial, path)
+    except BaseException:
+      if os.path.lexists(old):
+        os.replace(old, path)  # it would be removed with `folder`
+      raise
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from cbam_jax.cli.network import LAYOUTS, add_network_arguments, load_network
@@ -73,4 +75,10 @@ def write_state_dict(path: Path, state_dict: dict[str, np.ndarray]) -> None:
     return
   torch = require('torch', 'torch')
   with whole_file(path) as partial:
-    torch.save({name: torch.from_numpy(array) for name, array in state_dict.items()}, partial)
+    torch.save({name: _to_tensor(torch, array) for name, array in state_dict.items()}, partial)
+
+
+def _to_tensor(torch: Any, array: np.ndarray) -> Any:
+  if array.dtype == jnp.bfloat16:  # a type of JAX's package, which from_numpy does not know
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+  return torch.from_numpy(array)

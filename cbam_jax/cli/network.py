@@ -10,12 +10,14 @@ from typing import Any
 
 from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.data.transforms import RESAMPLINGS
-from cbam_jax.errors import UserError
+from cbam_jax.errors import UserError, near
 from cbam_jax.interop import from_torch, load_state_dict
 from cbam_jax.interop.pretrained import Pretrained, from_pretrained
+from cbam_jax.interop.state_dict import TORCH_SUFFIXES
 from cbam_jax.interop.torch import count_classes
 from cbam_jax.models import create_model, list_models
-from cbam_jax.models.registry import ATTENTIONS, named_attention
+from cbam_jax.models.description import blaming_fields, from_names
+from cbam_jax.models.registry import ATTENTIONS
 
 LAYOUTS = ('official', 'torchvision', 'timm')
 
@@ -102,6 +104,13 @@ def load_network(arguments: argparse.Namespace, attention: str | None = None) ->
 
 
 def _from_folder(where: str, arguments: argparse.Namespace) -> Pretrained:
+  path = Path(where).expanduser()
+  is_file = arguments.weights and path.suffix in ('.safetensors', *TORCH_SUFFIXES)
+  if is_file and not path.exists():
+    beside = [entry.name for entry in path.parent.glob('*')]
+    raise UserError(
+      f'there is no file {where}; check the path of the weights.{near(path.name, beside)}'
+    )
   told = [name for name in told_arguments(arguments, NETWORK_OPTIONS) if name != '--attention']
   if arguments.attention and '{attention}' not in (arguments.weights or arguments.workdir):
     told.append('--attention')
@@ -110,7 +119,7 @@ def _from_folder(where: str, arguments: argparse.Namespace) -> Pretrained:
       f'{where} is no file, and tells its network itself; leave out {", ".join(told)}, or name a '
       '.pth or .safetensors file.'
     )
-  if arguments.weights and not (Path(where).expanduser() / 'checkpoints').is_dir():
+  if arguments.weights and not (path / 'checkpoints').is_dir():
     return from_pretrained(where)
   from cbam_jax.training.evaluation import load_run
 
@@ -131,10 +140,10 @@ def _from_file(path: str, attention: str | None, arguments: argparse.Namespace) 
     found = count_classes(create_model(arguments.model), state_dict)
     fields |= {} if found is None else {'num_classes': found}
   attention_fields = _fields('--attention-field', arguments.attention_field)
-  factory = named_attention(attention or 'none', **attention_fields)
-  model = create_model(arguments.model, attention=factory or 'none', **fields)
+  model = from_names(arguments.model, attention or 'none', attention_fields, fields)
   try:
-    variables = from_torch(model, state_dict, arguments.layout)
+    with blaming_fields(model):
+      variables = from_torch(model, state_dict, arguments.layout)
   except UserError as error:
     raise UserError(
       f'{path} does not hold {arguments.model} with --attention {attention or "none"}: {error}'

@@ -14,11 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cbam_jax.errors import UserError, check_choice, check_problems, first_line, require
+from cbam_jax.errors import (
+  MissingExtraError,
+  UserError,
+  check_choice,
+  check_problems,
+  first_line,
+  require,
+)
 from cbam_jax.files import whole_folder
 from cbam_jax.interop.state_dict import read_safetensors
 from cbam_jax.models.base import Classifier
-from cbam_jax.models.description import describe, from_description
+from cbam_jax.models.description import blaming_fields, describe, from_description
 
 if TYPE_CHECKING:
   from cbam_jax.data.preprocessing import Preprocessing
@@ -65,7 +72,7 @@ def save_pretrained(
 ) -> None:
   """Writes a network to `folder`: `config.json`, and the arrays as they are.
 
-  The folder appears whole or not at all, in place of one that held a network before.
+  The folder appears whole or not at all, in place of one that this wrote before.
 
   Args:
     folder: Where to.
@@ -87,6 +94,7 @@ def save_pretrained(
 
   check_choice('the format', format, FORMATS)
   description = describe(model)
+  from_description(description)  # what cannot be read again is not written
   _check_arrays(model, flatten_dict(dict(variables)))
   _check_classes(model, classes)
   config = {
@@ -94,7 +102,8 @@ def save_pretrained(
     'preprocessing': (preprocessing or Preprocessing()).to_dict(),
     'classes': None if classes is None else list(classes),
   }
-  with whole_folder(Path(folder).expanduser(), (CONFIG, *FORMATS.values())) as partial:
+  names = (CONFIG, *FORMATS.values())
+  with whole_folder(Path(folder).expanduser(), names, _is_ours) as partial:
     (partial / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
     write = _write_safetensors if format == 'safetensors' else _write_orbax
     write(partial / FORMATS[format], jax.device_get(dict(variables)))
@@ -177,11 +186,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     raise UserError(
       f'{folder} has no {CONFIG}; name a folder that save_pretrained or `cbam-jax convert` wrote.'
     ) from None
-  except (OSError, ValueError) as error:
+  except (OSError, RecursionError, ValueError) as error:
     raise UserError(
       f'{folder / CONFIG} cannot be read ({error}); fetch or save it again.'
     ) from error
   return config
+
+
+def _is_ours(folder: Path) -> bool:
+  """Whether `save_pretrained` wrote a folder; other libraries' have a `config.json` as well."""
+  try:
+    return read_config(folder).keys() >= {*DESCRIPTION}
+  except UserError:
+    return False
 
 
 def _check_arrays(model: Classifier, given: Arrays) -> None:
@@ -213,7 +230,8 @@ def _shapes(model: Classifier, given: Shapes) -> Shapes:
   first = [given.get(('params', *path, 'kernel'), ()) for path in FIRST_CONVOLUTIONS]
   channels = next((kernel[-2] for kernel in first if len(kernel) == 4), 3)
   image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-  variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+  with blaming_fields(model):
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
   return {path: array.shape for path, array in flatten_dict(variables).items()}
 
 
@@ -221,8 +239,17 @@ FIRST_CONVOLUTIONS = (('stem', 'conv'), ('stage1', 'conv1'))
 """What reads the images, in one network or another."""
 
 
-def _check_classes(model: Classifier, classes: Sequence[str] | None) -> None:
-  if classes is not None and len(classes) != model.num_classes:
+def _check_classes(model: Classifier, classes: Any) -> None:
+  if classes is None:
+    return
+  # A text is a sequence of texts itself.
+  sequence = isinstance(classes, Sequence) and not isinstance(classes, str)
+  if not sequence or not all(isinstance(name, str) for name in classes):
+    raise UserError(
+      f'the class names are {classes!r:.100}; give a list of texts, one for each class in the '
+      'order of its logits, or None where they are not known.'
+    )
+  if len(classes) != model.num_classes:
     raise UserError(
       f'there are {len(classes)} class names for a network of {model.num_classes} classes; give '
       'one for each, in the order of its logits.'
@@ -236,7 +263,13 @@ def _from_hub(name: str) -> Path:
       f'there is no folder {name!r}; name one that save_pretrained wrote, or OWNER/NAME of a model '
       'hub.'
     )
-  hub = require('huggingface_hub', 'hub')
+  try:
+    hub = require('huggingface_hub', 'hub')
+  except MissingExtraError as error:
+    raise MissingExtraError(
+      f'there is no folder or file {name!r}; check the path. If it is the name of a repository of '
+      f'a model hub: {error}'
+    ) from error
   try:
     return Path(hub.snapshot_download(name, allow_patterns=[CONFIG, FORMATS['safetensors']]))
   except Exception as error:  # of nearly any kind: the network is in between

@@ -4,8 +4,11 @@ import json
 import math
 import os
 import struct
+import sys
+import types
 import zlib
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -13,6 +16,7 @@ import safetensors.numpy
 
 from cbam_jax import to_torch
 from cbam_jax.cli import main
+from cbam_jax.cli.convert import write_state_dict
 from cbam_jax.interop.pretrained import save_pretrained
 from tests.cli.trained import (
   CLASSES,
@@ -177,6 +181,32 @@ def test_a_file_of_arrays_needs_its_network(refused, home):
   assert "Did you mean 'timm'" in message
 
 
+@pytest.mark.parametrize(
+  ('option', 'message'),
+  [
+    ('--field=stage_sizes=3', 'stage_sizes is 3; give a list of integers of at least 1'),
+    ('--field=stage_sizes=()', "'stage_sizes': []} and the attention cbam with {} cannot be made"),
+    ('--field=dtype=nope', "dtype is 'nope'; give one of bfloat16, float16"),
+    ('--field=stage_attention=bam', "no field 'stage_attention'"),
+    ('--attention-field=dtype=nope', "dtype is 'nope'; give one of bfloat16, float16"),
+  ],
+)
+def test_a_field_of_a_wrong_value(refused, home, option, message):
+  picture, file = home / 'pictures' / '0.jpg', home / 'net.safetensors'
+  told = [*TOLD[:2], option]
+  assert message in refused('predict', picture, f'--weights={file}', *told)
+
+
+def test_a_misspelt_file_of_arrays(refused, home):
+  picture = home / 'pictures' / '0.jpg'
+  message = refused('predict', picture, f'--weights={home / "nett.safetensors"}', *TOLD)
+  assert f'there is no file {home / "nett.safetensors"}; check the path' in message
+  assert "Did you mean 'net.safetensors'" in message
+  message = refused('predict', picture, f'--weights={home / "nowhere" / "w.pth"}')
+  assert 'there is no file' in message
+  assert 'Did you mean' not in message
+
+
 def test_a_folder_tells_its_network_itself(refused, home):
   picture = home / 'pictures' / '0.jpg'
   message = refused('predict', picture, f'--weights={home / "net"}', *TOLD)
@@ -336,6 +366,31 @@ def test_a_pth_is_read_by_torch(home, tmp_path):
   torch.save({'state_dict': {f'module.{k}': v for k, v in state_dict.items()}}, tmp_path / 'w.pth')
   assert convert(tmp_path / 'w.pth', tmp_path / 'back.safetensors', *TOLD) == 0
   assert_same_files(home / 'net.safetensors', tmp_path / 'back.safetensors')
+
+
+def test_bfloat16_in_a_pth(tmp_path, monkeypatch):
+  class Tensor:
+    def __init__(self, array):
+      if array.dtype not in (np.int16, np.int64):
+        raise TypeError(f"can't convert np.ndarray of type {array.dtype}")
+      self.array = array
+
+    def view(self, dtype):
+      return self.array.view(dtype)
+
+  saved = {}
+
+  def save(tensors, file):
+    saved.update(tensors)
+    file.write_bytes(b'')
+
+  torch = types.SimpleNamespace(from_numpy=Tensor, bfloat16=jnp.bfloat16, save=save)
+  monkeypatch.setitem(sys.modules, 'torch', torch)
+  halves = np.arange(6).reshape(2, 3).astype(jnp.bfloat16)
+  write_state_dict(tmp_path / 'w.pth', {'a': halves, 'n': np.array(0)})
+  np.testing.assert_array_equal(saved['a'], halves)
+  assert saved['a'].dtype == jnp.bfloat16
+  assert saved['n'].array.dtype == np.int64
 
 
 # ---- a run -----------------------------------------------------------------------------------

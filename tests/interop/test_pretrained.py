@@ -95,6 +95,37 @@ def test_nobodys_files_are_lost(tmp_path, trained):
   assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
 
 
+def test_the_network_of_another_library_is_not_lost(tmp_path, trained):
+  (tmp_path / 'model.safetensors').write_bytes(b'theirs')
+  for text in ('{"model_type": "bert"}', '[]', ''):
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(UserError, match='holds something else under the names config'):
+      save(tmp_path, trained)
+  (tmp_path / 'config.json').unlink()
+  with pytest.raises(UserError, match='holds something else'):
+    save(tmp_path, trained)
+  assert (tmp_path / 'model.safetensors').read_bytes() == b'theirs'
+
+
+def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
+  tmp_path, trained, monkeypatch
+):
+  save(tmp_path / 'net', trained)
+  replace = os.replace
+
+  def failing(source, target):
+    if source.name == 'new':
+      raise OSError(5, 'Input/output error')
+    replace(source, target)
+
+  monkeypatch.setattr(os, 'replace', failing)
+  changed = jax.tree.map(lambda a: a + 1, trained.variables)
+  with pytest.raises(RunError, match='net cannot be written'):
+    save(tmp_path / 'net', trained._replace(variables=changed))
+  assert_same(from_pretrained(tmp_path / 'net').variables, trained.variables)
+  assert [path.name for path in tmp_path.iterdir()] == ['net']
+
+
 def test_a_failure_leaves_the_folder_as_it_was(tmp_path, trained, monkeypatch):
   save(tmp_path / 'net', trained)
 
@@ -130,6 +161,14 @@ def test_variables_of_another_network_are_refused(tmp_path, trained):
 def test_class_names_must_be_one_each(tmp_path, trained):
   with pytest.raises(UserError, match='2 class names for a network of 3 classes'):
     save(tmp_path, trained._replace(classes=('a', 'b')))
+  with pytest.raises(UserError, match="the class names are 'abc'; give a list of texts"):
+    save(tmp_path, trained._replace(classes='abc'))
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path, trained):
+  with pytest.raises(UserError, match='group_size is 0'):
+    save(tmp_path / 'net', trained._replace(model=trained.model.clone(group_size=0)))
+  assert not (tmp_path / 'net').exists()
 
 
 def test_an_unknown_format(tmp_path, trained):
@@ -150,7 +189,7 @@ def test_an_empty_folder(tmp_path):
     from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize('text', ['', '{"model": "resn', '[]', '{}', 'null', '\x00'])
+@pytest.mark.parametrize('text', ['', '{"model": "resn', '[]', '{}', 'null', '\x00', '[' * 10**5])
 def test_a_damaged_config(tmp_path, trained, text):
   save(tmp_path, trained)
   (tmp_path / 'config.json').write_text(text)
@@ -166,6 +205,12 @@ def test_a_damaged_config(tmp_path, trained, text):
     ({'fields': {}}, 'of the wrong shape'),
     ({'preprocessing': None}, 'the preprocessing is None'),
     ({'classes': ['one']}, '1 class names'),
+    ({'classes': 5}, 'the class names are 5; give a list of texts'),
+    ({'classes': 'abc'}, "the class names are 'abc'"),
+    ({'classes': {'a': 0, 'b': 1, 'c': 2}}, 'the class names are {'),
+    ({'classes': ['a', 'b', 3]}, 'the class names are .*3'),
+    ({'fields': {'stage_sizes': []}}, "'stage_sizes': .*cannot be made .* change the field"),
+    ({'fields': {'stage_attention': 'bam'}}, "no field 'stage_attention'"),
   ],
 )
 def test_a_config_of_something_else(tmp_path, trained, change, message):
@@ -245,5 +290,7 @@ def test_a_hub_that_fails(monkeypatch):
 
 def test_a_hub_name_without_its_package(monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+  with pytest.raises(MissingExtraError, match=r"^there is no folder or file 'nets/cbm'; check"):
+    from_pretrained('nets/cbm')
   with pytest.raises(MissingExtraError, match=r"pip install 'cbam-jax\[hub\]'"):
     from_pretrained('somebody/resnet18-cbam')

@@ -1,14 +1,23 @@
 """Networks as plain data, and back."""
 
+import dataclasses
 import functools
 import json
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import pytest
 
 from cbam_jax import BAM, CBAM, UserError, create_model, list_models
-from cbam_jax.models.description import describe, from_description
+from cbam_jax.models.description import (
+  KINDS,
+  UNDESCRIBED,
+  blaming_fields,
+  describe,
+  from_description,
+)
+from cbam_jax.models.registry import ATTENTIONS, MODELS
 
 
 def round_trip(model):
@@ -98,10 +107,25 @@ def test_attention_that_no_name_stands_for_is_refused(model):
     ({'model': 'resnet5'}, "the model is 'resnet5'"),
     ({'attention': 'cbma'}, "the attention is 'cbma'"),
     ({'attention_fields': {'ordre': 1}}, "no field 'ordre'"),
-    ({'fields': {'widht': 2}}, "no option 'widht'"),
+    ({'fields': {'widht': 2}}, "no field 'widht'"),
     ({'fields': None}, 'describes no network'),
-    ({'fields': {'num_classes': 'ten'}}, "num_classes is 'ten'"),
-    ({'fields': {'dtype': 'float33'}}, 'float33'),
+    ({'fields': 5}, 'describes no network'),
+    ({'fields': {'num_classes': 'ten'}}, "num_classes is 'ten'; give an integer of at least 1, or"),
+    ({'fields': {'num_classes': True}}, 'num_classes is True'),
+    ({'fields': {'group_size': 0}}, 'group_size is 0; give an integer of at least 1, or None'),
+    ({'fields': {'stage_sizes': 5}}, 'stage_sizes is 5; give a list of integers'),
+    ({'fields': {'stage_sizes': [2, 'two']}}, 'stage_sizes is'),
+    ({'fields': {'width': float('nan')}}, 'width is nan; give a finite number'),
+    ({'fields': {'remat': 'no'}}, "remat is 'no'; give true or false"),
+    ({'fields': {'stem': None}}, 'stem is None; give a text'),
+    ({'fields': {'dtype': 'float33'}}, "dtype is 'float33'; give one of bfloat16, float16"),
+    ({'fields': {'param_dtype': 'int32'}}, "param_dtype is 'int32'"),
+    ({'fields': {'stage_attention': 'bam'}}, "no field 'stage_attention'"),
+    ({'fields': {'attention': 'cbam'}}, "no field 'attention'"),
+    ({'fields': {'parent': None}}, "no field 'parent'"),
+    ({'attention_fields': {'dtype': 'nope'}}, "attention 'cbam' .* dtype is 'nope'.* or None"),
+    ({'attention_fields': {'pools': 'avg'}}, "pools is 'avg'; give a list of texts"),
+    ({'attention_fields': {'reduction': '16'}}, "reduction is '16'"),
     ({'model': ['resnet18']}, 'resnet18'),
   ],
 )
@@ -115,3 +139,23 @@ def test_a_description_of_nothing_is_refused(change, message):
 def test_no_description_at_all(description):
   with pytest.raises(UserError, match='describes no network'):
     from_description(description)
+
+
+def test_every_field_is_of_a_known_kind():
+  modules = [make() for make in (*MODELS.values(), *ATTENTIONS.values()) if make]
+  fields = [field for module in modules for field in dataclasses.fields(module)]
+  kinds = {field.type.removesuffix(' | None') for field in fields if field.name not in UNDESCRIBED}
+  assert kinds <= KINDS.keys()
+
+
+@pytest.mark.parametrize('fields', [{'stage_sizes': []}, {'width': 1e300}])
+def test_what_no_network_can_be_made_of_is_blamed_on_the_fields(fields):
+  description = {'model': 'resnet18', 'attention': 'cbam', 'attention_fields': {}, 'fields': fields}
+  model = from_description(description)
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  name = next(iter(fields))
+  with (
+    pytest.raises(UserError, match=rf"resnet18 with the fields .*'{name}': .* cannot be made"),
+    blaming_fields(model),
+  ):
+    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
