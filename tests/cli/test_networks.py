@@ -296,7 +296,7 @@ def test_evaluate_needs_a_data_set_that_fits(refused, home, tmp_path):
   assert 'model.num_classes is 3 but digits has 10 classes' in message
   message = refused('evaluate', weights, '--data=imagnet2012', f'--data-dir={tmp_path}')
   assert "Did you mean 'imagenet2012'" in message
-  assert '--batch-size must be at least 1' in refused('evaluate', weights, '--batch-size=0')
+  assert '--batch-size is 0' in refused('evaluate', weights, '--batch-size=0')
   message = refused('evaluate', f'--workdir={tmp_path}', '--image-size=32')
   assert 'with --image-size, name the data set as well' in message
 
