@@ -75,7 +75,7 @@ NETWORKS = [
   network('timm_seresnet50', 'resnet50', 'se'),
   network('timm_resnet50_cbam', 'resnet50', TIMM_CBAM),
 ]
-# Those whose layers are all in a network that is left.
+# Those that take longest; `test_float32` compares the outputs of all.
 SLOW = (
   'official_imagenet_resnet18_none',
   'official_imagenet_resnet18_bam',
@@ -83,7 +83,9 @@ SLOW = (
   'official_imagenet_resnet50_none',
   'official_imagenet_resnet50_bam',
   'official_imagenet_resnet50_cbam',
+  'timm_resnet50_cbam',
   'timm_seresnet50',
+  'torchvision_resnext50_32x4d',
 )
 BIASED = network('timm_resnet50_cbam', 'resnet50', 'cbam')
 VGG16 = network('torchvision_vgg16', 'vgg16')
