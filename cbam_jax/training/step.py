@@ -189,7 +189,7 @@ def _all_finite(tree: Any) -> jax.Array:
   leaves = jax.tree.leaves(tree)
   finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).astype(jnp.float32)
   # A product, since XLA would make `jnp.all` of the stack a chain of them, and copy this chain into
-  # the update of each parameter: of ResNet-50's instructions those were three in four.
+  # the update of each parameter: of ResNet-50's instructions those were four in five.
   return jnp.vdot(finite, finite) == len(leaves)
 
 
