@@ -23,10 +23,6 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 if not jax.config.jax_compilation_cache_dir:
   jax.config.update('jax_compilation_cache_dir', str(ROOT / '.cache' / 'jax'))
 
-# Half of this time goes into the machine code's last optimisations, which change no fusion.
-if 'JAX_DISABLE_MOST_OPTIMIZATIONS' not in os.environ:
-  jax.config.update('jax_disable_most_optimizations', True)
-
 # An example's first run compiles, so time says nothing. The same examples every run: a failure
 # in continuous integration can be repeated.
 hypothesis.settings.register_profile('cbam_jax', deadline=None, derandomize=True)
@@ -35,13 +31,11 @@ hypothesis.settings.load_profile('cbam_jax')
 
 @pytest.fixture
 def x64() -> Iterator[None]:
-  """Lets one test compute in float64, optimised: no library convolves that, but XLA's own loops."""
-  before = jax.config.jax_enable_x64, jax.config.read('jax_disable_most_optimizations')
+  """Lets one test compute in float64."""
+  before = jax.config.jax_enable_x64
   jax.config.update('jax_enable_x64', True)
-  jax.config.update('jax_disable_most_optimizations', False)
   yield
-  jax.config.update('jax_enable_x64', before[0])
-  jax.config.update('jax_disable_most_optimizations', before[1])
+  jax.config.update('jax_enable_x64', before)
 
 
 @pytest.fixture(scope='session')

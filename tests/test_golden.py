@@ -77,12 +77,14 @@ NETWORKS = [
 ]
 # Those that take longest; `test_float32` compares the outputs of all.
 SLOW = (
+  'official_cifar100_resnet18_bam',
   'official_imagenet_resnet18_none',
   'official_imagenet_resnet18_bam',
   'official_imagenet_resnet18_cbam',
   'official_imagenet_resnet50_none',
   'official_imagenet_resnet50_bam',
   'official_imagenet_resnet50_cbam',
+  'timm_mobilenetv1_100',
   'timm_resnet50_cbam',
   'timm_seresnet50',
   'torchvision_resnext50_32x4d',
@@ -223,7 +225,7 @@ def test_network(case, prepare, x64):
   assert_matches(case, ready, cross_entropy, jnp.array(case.labels), order=np.asarray)
 
 
-@cases([VGG16, BIASED])
+@cases([pytest.param(VGG16, marks=pytest.mark.slow), BIASED])
 def test_network_in_eval_mode(case, prepare, x64):
   ready = prepare(case, jnp.float64)
   logits = evaluate(ready.model, ready.variables, ready.x)

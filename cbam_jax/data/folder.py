@@ -18,17 +18,19 @@ class FolderSource:
 
   Attributes:
     classes: Names of the classes, sorted; a label is the place of its class among them. They are
-      those of the training folder, whichever split is opened.
+      those of the training folder, whichever split is opened, and where there is none, the split's.
     num_classes: How many there are.
 
   Raises:
-    UserError: If a folder is missing, holds no class, or tests a class that is not trained.
+    UserError: If a folder is missing, holds no class, tests a class that is not trained, or has one
+      whose name is no text.
   """
 
   def __init__(self, root: str | Path, split: str):
     root = Path(root).expanduser()
-    self.classes = _classes(_split_folder(root, 'train'))
     folder = _split_folder(root, split)
+    has_training = (root / 'train').is_dir()
+    self.classes = _classes(root / 'train' if has_training else folder)
     unknown = sorted(set(_classes(folder)) - set(self.classes))
     if unknown:
       raise UserError(
@@ -74,4 +76,11 @@ def _split_folder(root: Path, split: str) -> Path:
 
 
 def _classes(folder: Path) -> list[str]:
-  return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+  names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+  for name in names:
+    # An undecodable byte is a lone surrogate, which neither JSON nor a terminal takes.
+    if name.encode(errors='replace').decode() != name:
+      raise UserError(
+        f'{folder} has a class folder called {name!a}, which is no text in UTF-8; rename it.'
+      )
+  return names

@@ -62,11 +62,14 @@ class Preprocessing:
     """Channels of the images that the network takes: 1 or 3."""
     return len(self.mean)
 
-  def __call__(self, image: np.ndarray | bytes) -> np.ndarray:
+  def __call__(
+    self, image: np.ndarray | bytes, rng: np.random.Generator | None = None
+  ) -> np.ndarray:
     """The part of a picture that the network sees.
 
     Args:
       image: An encoded file, or pixels, uint8 (H, W, C) with 1 or 3 channels.
+      rng: Has no effect; taken so that this is a `Transform`, as `eval_batches` takes one.
 
     Returns:
       uint8 (image_size, image_size, channels).
@@ -74,6 +77,7 @@ class Preprocessing:
     Raises:
       Exception: Of nearly any kind, if the picture cannot be read.
     """
+    del rng
     pixels = _with_channels(decode(image), self.channels)
     height, width, _ = pixels.shape
     size = self.image_size

@@ -141,24 +141,3 @@ def train_transform(augmentation: str, size: int) -> Transform:
   """
   check_choice('the augmentation', augmentation, AUGMENTATIONS)
   return functools.partial(AUGMENTATIONS[augmentation], size=size)
-
-
-def eval_transform(
-  size: int, resized_side: int | None, interpolation: str = 'bilinear'
-) -> Transform:
-  """What is done to the image of a test record: a decode alone, or a resize and a central crop.
-
-  Args:
-    size: Side of the result, pixels.
-    resized_side: What the shorter side is resized to first; None leaves the image alone.
-    interpolation: How it is resized, 'bilinear' or 'bicubic'.
-  """
-
-  def transform(image: np.ndarray | bytes, rng: np.random.Generator) -> np.ndarray:
-    del rng
-    pixels = decode(image)
-    if resized_side is None:
-      return pixels
-    return centre_crop(pixels, size, resized_side, interpolation)
-
-  return transform

@@ -14,7 +14,7 @@ import optax
 
 from cbam_jax.data import Batch, Source, eval_batches, open_source
 from cbam_jax.data.preprocessing import Preprocessing
-from cbam_jax.data.transforms import Transform, decode, eval_transform, train_transform
+from cbam_jax.data.transforms import Transform, decode, train_transform
 from cbam_jax.errors import UserError, first_line
 from cbam_jax.training.config import build_model, validate
 from cbam_jax.training.initial import Initial, put_into, read_initial
@@ -83,34 +83,33 @@ class Experiment:
     source = open_source(data.name, split, data.dir)
     if source.num_classes > (self.config.model.num_classes or source.num_classes):
       raise UserError(
-        f'model.num_classes is {self.config.model.num_classes} but {data.name} has '
-        f'{source.num_classes} classes; set it to at least that.'
+        f'the network has {self.config.model.num_classes} classes (model.num_classes) but '
+        f'{data.name} has {source.num_classes}; it must have at least as many.'
       )
-    height, width, channels = _first_image(source, f'{split} images of {data.name}').shape
+    image = _first_image(source, f'{split} images of {data.name}')
+    if split == 'train':  # a test image is made to fit, whatever it is: see `Preprocessing`
+      self._check_training_image(image)
+    return source
+
+  def _check_training_image(self, image: np.ndarray) -> None:
+    data = self.config.data
+    height, width, channels = image.shape
     if channels != len(data.mean):
       raise UserError(
         f'data.mean is {data.mean} but the images of {data.name} have {channels} channels; give '
         'one number a channel in data.mean and in data.std.'
       )
-    cropped = 'crop' in data.augmentation if split == 'train' else data.resized_side
-    if not cropped and not height == width == data.image_size:
-      remedy = 'data.augmentation=crop_flip' if split == 'train' else 'data.resized_side'
+    if 'crop' not in data.augmentation and not height == width == data.image_size:
       raise UserError(
-        f'data.image_size is {data.image_size} but the {split} images of {data.name} are '
-        f'{height}x{width} and nothing crops them; make them the same, or set {remedy}.'
+        f'data.image_size is {data.image_size} but the training images of {data.name} are '
+        f'{height}x{width} and nothing crops them; make them the same, or set '
+        'data.augmentation=crop_flip.'
       )
-    return source
 
   @property
   def train_transform(self) -> Transform:
     """What is done to a training image."""
     return train_transform(self.config.data.augmentation, self.config.data.image_size)
-
-  @property
-  def eval_transform(self) -> Transform:
-    """What is done to a test image."""
-    data = self.config.data
-    return eval_transform(data.image_size, data.resized_side, data.interpolation)
 
   @property
   def steps_per_epoch(self) -> int:
@@ -277,7 +276,7 @@ class Experiment:
     """
     batches = eval_batches(
       self.test_source,
-      self.eval_transform,
+      self.preprocessing,
       self.config.eval_batch_size,
       workers=self.config.data.workers,
       bad_share=self.config.data.bad_share,

@@ -1,5 +1,6 @@
 """What one does with a network from the command line: predict, evaluate, convert."""
 
+import dataclasses
 import json
 import math
 import os
@@ -265,8 +266,12 @@ def wilson(right, count, z=1.959963984540054):
   return centre - half, centre + half
 
 
-def test_evaluate_counts_every_picture(home, trained, labelled, capsys):
+@pytest.mark.parametrize('resized_side', [36, None])
+def test_evaluate_counts_every_picture(home, trained, labelled, capsys, resized_side):
   command = ['evaluate', f'--weights={home / "net"}', '--data=folder', f'--data-dir={labelled}']
+  command += [] if resized_side == 36 else ['--resized-side=none']
+  preprocessing = dataclasses.replace(PREPROCESSING, resized_side=resized_side)
+  trained = trained._replace(preprocessing=preprocessing)
   assert main([*command, '--json']) == 0
   metrics = json.loads(capsys.readouterr().out)
   right = sum(
@@ -279,12 +284,12 @@ def test_evaluate_counts_every_picture(home, trained, labelled, capsys):
   assert metrics['unread'] == 0
   assert metrics['top1'] == pytest.approx(right / 11)
   assert metrics['top1_interval'] == pytest.approx(wilson(right, 11))
-  assert metrics['preprocessing'] == json.loads(json.dumps(PREPROCESSING.to_dict()))
+  assert metrics['preprocessing'] == json.loads(json.dumps(preprocessing.to_dict()))
 
   assert main(command) == 0
   first, second, top1, *_ = capsys.readouterr().out.splitlines()
   assert first == 'resnet18 + cbam on folder'
-  assert second == str(PREPROCESSING)
+  assert second == str(preprocessing)
   assert top1.startswith(f'top-1 {100 * right / 11:6.2f} %')
   assert top1.endswith(f'{right} of 11 images')
 
@@ -293,7 +298,7 @@ def test_evaluate_needs_a_data_set_that_fits(refused, home, tmp_path):
   weights = f'--weights={home / "net"}'
   assert 'name the data set' in refused('evaluate', weights)
   message = refused('evaluate', weights, '--data=digits')
-  assert 'model.num_classes is 3 but digits has 10 classes' in message
+  assert 'the network has 3 classes (model.num_classes) but digits has 10' in message
   message = refused('evaluate', weights, '--data=imagnet2012', f'--data-dir={tmp_path}')
   assert "Did you mean 'imagenet2012'" in message
   assert '--batch-size is 0' in refused('evaluate', weights, '--batch-size=0')
@@ -411,6 +416,7 @@ def test_a_run_is_a_network_as_well(tmp_path, capsys, monkeypatch):
   assert metrics['count'] == 360
   assert main(['evaluate', '--workdir=run', '--data=digits', '--json']) == 0
   again = json.loads(capsys.readouterr().out)
+  assert again.pop('loss') == pytest.approx(metrics.pop('loss'), rel=1e-6)  # in other batches
   assert {**again, 'step': metrics['step']} == metrics
   PIL.Image.fromarray(np.full((20, 20), 200, np.uint8)).save('grey.png')
   assert main(['predict', 'grey.png', '--workdir=run', '--json', '--top=10']) == 0

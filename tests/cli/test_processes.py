@@ -41,6 +41,7 @@ def test_train_then_evaluate(tmp_path):
     f'--workdir={workdir}',
     '--config.epochs=1',
     '--config.model.fields.width=0.125',
+    '--config.model.fields.stage_sizes=(1, 1)',
   )
   assert trained.returncode == 0, trained.stderr
   assert trained.stderr == ''

@@ -273,12 +273,13 @@ def test_resizing_by_hand():
 SUMS = """
 import hashlib
 import numpy as np
-from cbam_jax.data.transforms import eval_transform, train_transform
+from cbam_jax.data.preprocessing import Preprocessing
+from cbam_jax.data.transforms import train_transform
 from tests.data.test_images import encode, photo
 digest = hashlib.sha256()
 for seed in range(20):
   data = encode(photo(97 + 31 * seed, 130 + 17 * seed, seed), 'JPEG')
-  for transform in (train_transform('crop_flip', 96), eval_transform(96, 110)):
+  for transform in (train_transform('crop_flip', 96), Preprocessing(96, 110)):
     digest.update(transform(data, np.random.default_rng(seed)).tobytes())
 print(digest.hexdigest())
 """

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from cbam_jax.data import eval_batches, train_batches
+from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.data.sources import ArraySource
-from cbam_jax.data.transforms import eval_transform, train_transform
+from cbam_jax.data.transforms import train_transform
 from cbam_jax.errors import MissingExtraError, UserError
 
-ALONE = eval_transform(4, None)
+ALONE = Preprocessing(4, None, mean=(0.0,), std=(1.0,))
 AUGMENTED = train_transform('crop_flip', 4)
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from cbam_jax import UserError
 from cbam_jax.data.preprocessing import Preprocessing
-from cbam_jax.data.transforms import eval_transform
 
 RNG = np.random.default_rng
 
@@ -22,14 +21,6 @@ def png(pixels):
   buffer = io.BytesIO()
   PIL.Image.fromarray(pixels.squeeze()).save(buffer, 'PNG')
   return buffer.getvalue()
-
-
-@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
-def test_it_does_what_an_evaluation_does(interpolation):
-  seen = Preprocessing(16, 20, interpolation)(png(picture()))
-  expected = eval_transform(16, 20, interpolation)(png(picture()), RNG(0))
-  assert seen.shape == (16, 16, 3)
-  np.testing.assert_array_equal(seen, expected)
 
 
 def test_interpolations_differ():

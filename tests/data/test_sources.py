@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from cbam_jax.data import eval_batches, open_source, train_batches
+from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.data.sources import ArraySource, digits
-from cbam_jax.data.transforms import eval_transform, train_transform
+from cbam_jax.data.transforms import train_transform
 from cbam_jax.errors import MissingExtraError, UserError
 
 # ---- the digits ------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def test_tfds_reads_a_set_that_it_has_no_code_for(prepared, tmp_path):
 
 def test_tfds_images_become_batches(prepared):
   source = open_source('tfds:imagenet2012', 'train', prepared)
-  (batch,) = eval_batches(source, eval_transform(size=4, resized_side=5), 12)
+  (batch,) = eval_batches(source, Preprocessing(image_size=4, resized_side=5), 12)
   assert batch['image'].shape == (12, 4, 4, 3)
   np.testing.assert_allclose(batch['image'].mean((1, 2, 3)), 10 * batch['label'], atol=1)
 

@@ -8,7 +8,6 @@ from cbam_jax.data import transforms
 from cbam_jax.data.transforms import (
   AUGMENTATIONS,
   centre_crop,
-  eval_transform,
   random_flip,
   random_resized_crop,
   random_shift,
@@ -104,13 +103,6 @@ def test_centre_crop_by_hand(height, width, resized, top, left, channels):
   expected = np.asarray(picture.resize(resized[::-1], Image.Resampling.BILINEAR))
   expected = expected.reshape(*resized, channels)[top : top + 2, left : left + 2]
   np.testing.assert_array_equal(centre_crop(image, size=2, resized_side=4), expected)
-
-
-def test_eval_transform_crops_or_leaves_the_image_alone():
-  image = RNG(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
-  assert eval_transform(2, None)(image, RNG(0)) is image
-  cropped = eval_transform(2, 4)(image, RNG(0))
-  np.testing.assert_array_equal(cropped, centre_crop(image, 2, 4))
 
 
 # ---- the random crop -------------------------------------------------------------------------

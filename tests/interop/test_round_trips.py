@@ -16,7 +16,7 @@ from cbam_jax.interop import from_torch, to_torch
 from cbam_jax.interop.tables import tables
 from tests.interop.variables import assert_same, random_variables, without_biases
 
-DEEP = ('resnet101', 'resnet152', 'resnext101_32x4d')
+LARGE = ('resnet101', 'resnet152', 'resnext101_32x4d', 'vgg16')
 EACH_STRUCTURE = ('resnet18', 'resnet50', 'mobilenet_v1')
 
 # Every network with every attention; by default, each structure with each.
@@ -24,13 +24,14 @@ SWEEP = [
   pytest.param(name, attention, marks=() if quick else pytest.mark.slow)
   for name in list_models()
   for attention in ('none', 'se', 'cbam', 'bam')
-  for quick in [name in EACH_STRUCTURE or (attention == 'cbam' and name not in DEEP)]
+  for quick in [name in EACH_STRUCTURE or (attention == 'cbam' and name not in LARGE)]
 ]
 
 
 @pytest.mark.parametrize(('name', 'attention'), SWEEP)
 def test_networks_come_back_bit_for_bit(name, attention):
-  model = create_model(name, attention=attention, num_classes=10)
+  thin = {} if name == 'vgg16' else {'width': 0.25}
+  model = create_model(name, attention=attention, num_classes=10, **thin)
   variables = random_variables(model)
   state_dict = to_torch(model, variables)
   counters = sum(k.endswith('num_batches_tracked') for k in state_dict)

@@ -1,9 +1,15 @@
-"""Whose class a label is."""
+"""What a network is evaluated on: images made to fit it, labels that mean its classes."""
 
+import jax
+import numpy as np
+import PIL.Image
 import pytest
 
+from cbam_jax import create_model
+from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.errors import UserError
-from cbam_jax.training.evaluation import _check_classes
+from cbam_jax.interop.pretrained import Pretrained
+from cbam_jax.training.evaluation import _check_classes, evaluate_network
 
 
 @pytest.mark.parametrize(
@@ -24,3 +30,16 @@ def test_names_that_agree_or_tell_nothing_pass(network, data_set):
 def test_names_in_other_places_are_refused(data_set):
   with pytest.raises(UserError, match=f"class 0 is 'cat' to the network and '{data_set[0]}'"):
     _check_classes(['cat', 'dog'], data_set, 'folder')
+
+
+def test_images_are_made_to_fit_the_network(tmp_path):
+  rng = np.random.default_rng(0)
+  for i in range(4):  # in colour, and of several sizes
+    path = tmp_path / 'test' / f'class{i % 2}' / f'{i}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(rng.integers(0, 256, (9 + i, 12, 3), dtype=np.uint8)).save(path)
+  model = create_model('tiny', num_classes=2)
+  variables = model.init(jax.random.key(0), np.zeros((1, 6, 6, 1), np.float32), train=False)
+  grey = Pretrained(model, variables, Preprocessing(6, None, mean=(0.3,), std=(0.2,)), None)
+  metrics = evaluate_network(grey, 'folder', str(tmp_path))
+  assert (metrics['count'], metrics['unread']) == (4, 0)

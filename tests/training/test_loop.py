@@ -296,7 +296,9 @@ def test_a_picture_that_cannot_be_drawn_stops_nothing(tiny_config, tmp_path):
 
 def test_too_few_classes_are_refused_before_anything_is_written(tiny_config, train, tmp_path):
   tiny_config.model.num_classes = 2
-  with pytest.raises(UserError, match=r'model\.num_classes is 2 but tiny has 3 classes'):
+  with pytest.raises(
+    UserError, match=r'the network has 2 classes .model.num_classes. but tiny has 3'
+  ):
     train(tiny_config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
