@@ -75,7 +75,7 @@ NETWORKS = [
   network('timm_seresnet50', 'resnet50', 'se'),
   network('timm_resnet50_cbam', 'resnet50', TIMM_CBAM),
 ]
-# Those that take longest; `test_float32` compares the outputs of all.
+# Those that take longest.
 SLOW = (
   'official_cifar100_resnet18_bam',
   'official_imagenet_resnet18_none',
@@ -217,22 +217,37 @@ def test_module(case, prepare, weights, x64):
   assert_matches(case, ready, inner_product, target, order=channels_first)
 
 
-@cases(
-  [pytest.param(case, marks=pytest.mark.slow) if case.file in SLOW else case for case in NETWORKS]
-)
+def unless(slow, all_cases):
+  """The cases, but those of the `slow` files in `make test-slow` only."""
+  return [
+    pytest.param(case, marks=pytest.mark.slow) if case.file in slow else case for case in all_cases
+  ]
+
+
+@cases(unless(SLOW, NETWORKS))
 def test_network(case, prepare, x64):
   ready = prepare(case, jnp.float64)
   assert_matches(case, ready, cross_entropy, jnp.array(case.labels), order=np.asarray)
 
 
-@cases([pytest.param(VGG16, marks=pytest.mark.slow), BIASED])
+@cases(unless((VGG16.file,), [VGG16, BIASED]))
 def test_network_in_eval_mode(case, prepare, x64):
   ready = prepare(case, jnp.float64)
   logits = evaluate(ready.model, ready.variables, ready.x)
   assert_close(logits, ready.golden['eval_output'], 1e-7)
 
 
-@cases([*MODULES, *NETWORKS, VGG16])
+SLOW_IN_FLOAT32 = (
+  'official_imagenet_resnet18_none',
+  'official_imagenet_resnet18_bam',
+  'official_imagenet_resnet18_cbam',
+  'official_imagenet_resnet50_none',
+  'official_imagenet_resnet50_bam',
+  'torchvision_vgg16',
+)
+
+
+@cases(unless(SLOW_IN_FLOAT32, [*MODULES, *NETWORKS, VGG16]))
 def test_float32(case, prepare):
   """The state dict comes back, every bit in its place; the output is right to rounding."""
   ready = prepare(case, jnp.float32)

@@ -138,12 +138,12 @@ def lay_out(folder: Path) -> str:
   ('file', 'data'),
   [
     ('digits', None),
-    ('imagenet:resnet18,cbam', 'imagenet2012'),
     ('imagenet:resnet18,cbam,modern', 'imagenet2012'),
-    ('cifar10', 'cifar10'),
-    ('fashion_mnist', 'fashion_mnist'),
-    ('folder', 'pictures'),
     ('finetune', 'pictures'),
+    pytest.param('imagenet:resnet18,cbam', 'imagenet2012', marks=pytest.mark.slow),
+    pytest.param('cifar10', 'cifar10', marks=pytest.mark.slow),
+    pytest.param('fashion_mnist', 'fashion_mnist', marks=pytest.mark.slow),
+    pytest.param('folder', 'pictures', marks=pytest.mark.slow),
   ],
 )
 def test_every_file_takes_a_step_on_its_data(tmp_path, file, data):

@@ -27,9 +27,7 @@ CASES = {
 }
 
 
-@pytest.fixture(
-  params=['cifar100_resnet18', pytest.param('imagenet_resnet50', marks=pytest.mark.slow)]
-)
+@pytest.fixture(params=list(CASES))
 def case(request):
   return request.param
 
@@ -49,6 +47,7 @@ def released(request, case, golden_file, tmp_path):
   return file
 
 
+@pytest.mark.slow
 def test_the_released_layout_goes_through_everything(released, case, tmp_path, capsys):
   told, side = CASES[case]
   told = [*told, '--attention=cbam', f'--image-size={side}', f'--resized-side={side * 8 // 7}']

@@ -8,7 +8,7 @@ from jax.extend import core
 
 from cbam_jax.models import vgg
 from tests.layers.random_variables import random_features, random_variables
-from tests.models.networks import ALL, ATTENTIONS, image_shape, make
+from tests.models.networks import ALL, image_shape, make
 
 
 def networks(*quick):
@@ -88,7 +88,7 @@ def ancestors(jaxpr, result):
   return found
 
 
-@networks(*(('resnet18', attention) for attention in ATTENTIONS))
+@networks(('resnet18', 'cbam'))
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bfloat16'])
 @pytest.mark.usefixtures('small_vgg')
 def test_runs_are_finite_and_compile_once(name, attention, dtype):
