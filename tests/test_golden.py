@@ -230,6 +230,22 @@ def test_network(case, prepare, x64):
   assert_matches(case, ready, cross_entropy, jnp.array(case.labels), order=np.asarray)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('implementation', ['plain', 'pallas'])
+@pytest.mark.parametrize(
+  ('file', 'name'),
+  [
+    ('official_cifar100_resnet18_cbam', 'resnet18'),
+    ('official_imagenet_resnet18_cbam', 'resnet18'),
+    ('official_imagenet_resnet50_cbam', 'resnet50'),
+  ],
+)
+def test_network_by_other_implementations(file, name, implementation, prepare, x64):
+  case = network(file, name, functools.partial(CBAM, implementation=implementation))
+  ready = prepare(case, jnp.float64)
+  assert_matches(case, ready, cross_entropy, jnp.array(case.labels), order=np.asarray)
+
+
 @cases(unless((VGG16.file,), [VGG16, BIASED]))
 def test_network_in_eval_mode(case, prepare, x64):
   ready = prepare(case, jnp.float64)

@@ -17,7 +17,7 @@ from cbam_jax.attention.spatial import SpatialAttention
 from cbam_jax.errors import UserError, check_choice
 from cbam_jax.layers import Dtype
 
-IMPLEMENTATIONS = ('auto', 'plain', 'fused')
+IMPLEMENTATIONS = ('auto', 'plain', 'xla', 'pallas')
 ORDERS = ('channel_first', 'spatial_first', 'parallel', 'channel_only', 'spatial_only')
 
 
@@ -39,15 +39,17 @@ class CBAM(nn.Module):
     norm_momentum: Momentum of the spatial batch norm (linen's sense): the authors' 0.99, timm's
       0.9.
     group_size: Examples that share the spatial batch norm's statistics; None for the whole batch.
-    implementation: How a residual block of this package ends with it: 'fused', in the fewest passes
-      over memory; 'plain', as the definition reads, which forward-mode derivatives need; or
-      'auto', fused where that is possible, for the paper's own CBAM.
+    implementation: How a residual block of this package ends with it. 'plain': as the definition
+      reads, which forward-mode derivatives need. 'xla': fused with the batch norm before it and the
+      sum after it, in few passes over memory. 'pallas': the same, with Pallas kernels for the pools,
+      for GPUs and TPUs; it has first derivatives alone. 'auto': 'xla' where that is possible, for
+      the paper's own CBAM, else 'plain'.
     dtype: Type of the output; None follows the input. Pools and gates are float32 at the least.
     param_dtype: Type in which parameters are stored.
 
   Raises:
     UserError: On an unknown pool, order or implementation, an even kernel, or a reduction under 1;
-      on 'fused' with choices that only the plain implementation has.
+      on 'xla' or 'pallas' with choices that only the plain implementation has.
   """
 
   reduction: float = 16
@@ -68,11 +70,11 @@ class CBAM(nn.Module):
     # Unattached copies of the parts, so that their fields are checked here and not in a trace.
     self._channel(parent=None)
     self._spatial(parent=None)
-    if self.implementation == 'fused' and not self.fusible:
+    if self.implementation in ('xla', 'pallas') and not self.fusible:
       raise UserError(
-        f"CBAM(implementation='fused') has order={self.order!r}, pools={self.pools!r}, "
-        f'spatial_pool={self.spatial_pool!r} and dtype={self.dtype!r}; fused is the default of '
-        "these alone. Leave implementation='auto'."
+        f'CBAM(implementation={self.implementation!r}) has order={self.order!r}, '
+        f'pools={self.pools!r}, spatial_pool={self.spatial_pool!r} and dtype={self.dtype!r}; only '
+        "the defaults of these are fused. Leave implementation='auto'."
       )
     super().__post_init__()
 
@@ -161,4 +163,5 @@ class CBAM(nn.Module):
       shortcut,
       self.channel.logits_of,
       functools.partial(self.spatial.logits_of, train=train),
+      pallas=self.implementation == 'pallas',
     )

@@ -8,6 +8,7 @@ but `x`, which the batch norm keeps anyway, and the block's output, which the ne
 
 Maxima carry the positions of their elements (see `cbam_jax.layers.max_over_axis`). The passes
 write the map in different ways on purpose: XLA would compute a common expression once and store it.
+With `pallas`, the pools of the forward pass are the kernels of `cbam_jax.attention.kernels`.
 
 Shapes: `x` is (N, P, C) with P positions; `scale` and `offset` (N, 1, C), before the channel gate
 also (1, 1, C).
@@ -15,6 +16,7 @@ also (1, 1, C).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +36,7 @@ def refine_and_add(
   shortcut: jax.Array,
   channel_logits: Callable[[jax.Array, jax.Array], jax.Array],
   spatial_logits: Callable[[jax.Array, jax.Array], jax.Array],
+  pallas: bool = False,
 ) -> jax.Array:
   """`relu(shortcut + CBAM(x * scale + offset))`, channel attention first.
 
@@ -44,6 +47,7 @@ def refine_and_add(
     shortcut: Like `x`.
     channel_logits: From the average and the maximum over positions, both (N, C), to (N, C).
     spatial_logits: From the maximum and the mean over channels, both (N, *spatial, 1), to the same.
+    pallas: Whether the pools are Pallas kernels.
 
   Returns:
     An array of the shape and type of `shortcut`.
@@ -51,10 +55,10 @@ def refine_and_add(
   n, *spatial, c = x.shape
   flat = x.reshape(n, math.prod(spatial), c)
   scale, offset = (v.reshape(v.shape[0], 1, c) for v in (scale, offset))
-  average, peak = channel_pools(flat, scale, offset)
+  average, peak = channel_pools(flat, scale, offset, pallas)
   gate = nn.sigmoid(channel_logits(average, peak))[:, None]
   scale, offset = scale * gate, offset * gate
-  peak, mean, flat = spatial_pools(flat, scale, offset)
+  peak, mean, flat = spatial_pools(flat, scale, offset, pallas)
   maps = (n, *spatial, 1)
   gate = nn.sigmoid(spatial_logits(peak.reshape(maps), mean.reshape(maps)))
   scale, offset = (lax.expand_dims(v[:, 0], range(1, x.ndim - 1)) for v in (scale, offset))
@@ -65,12 +69,23 @@ def _wide(x: jax.Array) -> jax.Array:
   return x.astype(at_least_float32(x.dtype))
 
 
+def _kernels() -> Any:
+  # Imported when they are asked for: Pallas takes a while, and no other implementation needs it.
+  from cbam_jax.attention import kernels
+
+  return kernels
+
+
 # ------------------------------------------------------------------------ pools over positions
 
 
-@jax.custom_vjp
-def channel_pools(x: jax.Array, scale: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def channel_pools(
+  x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool = False
+) -> tuple[jax.Array, jax.Array]:
   """The average and the maximum of `x * scale + offset` over positions, both (N, C)."""
+  if pallas:
+    return _channel_pools_forward(x, scale, offset, pallas)[0]
   values, sign = _wide(x), jnp.sign(scale)
   peak = jnp.max(values * sign, 1)
   return _mapped(jnp.mean(values, 1), _extreme(peak, values, sign), scale, offset)
@@ -92,15 +107,19 @@ def _mapped(
   return average * scale + offset, extreme * scale + offset
 
 
-def _channel_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Any:
+def _channel_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool) -> Any:
   values, sign = _wide(x), jnp.sign(scale)
-  average = jnp.mean(values, 1)
-  peak, position = _peak(values, sign, jnp.zeros_like(sign), 1)
+  if pallas:
+    average, peak, position = _kernels().over_positions(x, sign)
+  else:
+    average = jnp.mean(values, 1)
+    peak, position = _peak(values, sign, jnp.zeros_like(sign), 1)
   extreme = _extreme(peak, values, sign)
   return _mapped(average, extreme, scale, offset), (x, scale, average, extreme, position)
 
 
-def _channel_pools_backward(residuals: Any, cotangents: Any) -> Any:
+def _channel_pools_backward(pallas: bool, residuals: Any, cotangents: Any) -> Any:
+  del pallas  # what it leaves is read in one pass
   x, scale, average, extreme, position = residuals
   d_average, d_extreme = cotangents
   here = lax.broadcasted_iota(position.dtype, x.shape, 1) == position[:, None]
@@ -125,15 +144,17 @@ def _reduced_like(gradient: jax.Array, vector: jax.Array) -> jax.Array:
 # ------------------------------------------------------------------------- pools over channels
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def spatial_pools(
-  x: jax.Array, scale: jax.Array, offset: jax.Array
+  x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The maximum and the mean of `x * scale + offset` over channels, both (N, P); and `x`.
 
   The cotangent of this `x` is not its own but that of `x * scale + offset`, as `gate_and_add` gives
   it: so all that goes back to `scale` and `offset` is summed in one pass.
   """
+  if pallas:
+    return _spatial_pools_forward(x, scale, offset, pallas)[0]
   values = _wide(x)
   return jnp.max(values * scale + offset, 2), _mean(values, scale, offset), x
 
@@ -148,13 +169,18 @@ def _dot(x: jax.Array, vector: jax.Array) -> jax.Array:
   return jnp.einsum('npc,nc->np', x, vector[:, 0], precision=lax.Precision.HIGHEST)
 
 
-def _spatial_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Any:
-  values = _wide(x)
-  peak, position = _peak(values, scale, offset, 2)
-  return (peak, _mean(values, scale, offset), x), (x, scale, position)
+def _spatial_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool) -> Any:
+  if pallas:
+    mean, peak, position = _kernels().over_channels(x, scale, offset)
+  else:
+    values = _wide(x)
+    peak, position = _peak(values, scale, offset, 2)
+    mean = _mean(values, scale, offset)
+  return (peak, mean, x), (x, scale, position)
 
 
-def _spatial_pools_backward(residuals: Any, cotangents: Any) -> Any:
+def _spatial_pools_backward(pallas: bool, residuals: Any, cotangents: Any) -> Any:
+  del pallas
   x, scale, position = residuals
   d_peak, d_mean, dy = cotangents
   here = lax.broadcasted_iota(position.dtype, x.shape, 2) == position[..., None]

@@ -81,34 +81,38 @@ def assert_close(actual, desired, tolerance):
 
 
 @pytest.mark.parametrize(
-  ('shape', 'group_size', 'train'),
+  ('implementation', 'shape', 'group_size', 'train'),
   [
-    ((4, 6, 5, 8), None, True),
-    ((4, 6, 5, 8), None, False),
-    ((4, 6, 5, 8), 2, True),
-    ((4, 7, 8), None, True),
-    ((2, 3, 4, 5, 8), None, True),
+    ('auto', (4, 6, 5, 8), None, True),
+    ('auto', (4, 6, 5, 8), None, False),
+    ('auto', (4, 6, 5, 8), 2, True),
+    ('auto', (4, 7, 8), None, True),
+    ('auto', (2, 3, 4, 5, 8), None, True),
+    ('pallas', (4, 6, 5, 8), None, True),
+    ('pallas', (4, 6, 5, 8), 2, False),
   ],
-  ids=['2d', '2d-eval', '2d-groups', '1d', '3d'],
+  ids=['2d', '2d-eval', '2d-groups', '1d', '3d', 'pallas', 'pallas-groups-eval'],
 )
-def test_equals_the_definition(x64, shape, group_size, train):
+def test_equals_the_definition(x64, implementation, shape, group_size, train):
   x, shortcut = inputs(shape, jnp.float64)
-  fused = outputs(Ending('auto', group_size), x, shortcut, train)
+  fused = outputs(Ending(implementation, group_size), x, shortcut, train)
   plain = outputs(Ending('plain', group_size), x, shortcut, train)
   assert_close(fused, plain, 1e-12)
 
 
-def test_equals_the_definition_in_float32():
+@pytest.mark.parametrize('implementation', ['xla', 'pallas'])
+def test_equals_the_definition_in_float32(implementation):
   x, shortcut = inputs((4, 14, 14, 32), jnp.float32)
-  fused_gradients, (fused, _) = outputs(Ending('fused'), x, shortcut, True)
+  fused_gradients, (fused, _) = outputs(Ending(implementation), x, shortcut, True)
   plain_gradients, (plain, _) = outputs(Ending('plain'), x, shortcut, True)
   assert_close(fused, plain, 1e-5)
   assert_close(fused_gradients, plain_gradients, 1e-4)
 
 
-def test_bfloat16_within_its_rounding(x64):
+@pytest.mark.parametrize('implementation', ['xla', 'pallas'])
+def test_bfloat16_within_its_rounding(x64, implementation):
   x, shortcut = (v.astype(jnp.bfloat16) for v in inputs((4, 14, 14, 32), jnp.float32))
-  ending = Ending('fused', dtype=jnp.bfloat16)
+  ending = Ending(implementation, dtype=jnp.bfloat16)
   gradients, (fused, _) = outputs(ending, x, shortcut, True)
   exact = outputs(Ending('plain'), x.astype(jnp.float64), shortcut.astype(jnp.float64), True)
   assert fused.dtype == gradients[1].dtype == jnp.bfloat16
@@ -119,9 +123,9 @@ def test_bfloat16_within_its_rounding(x64):
 @pytest.mark.slow
 def test_jit_changes_no_gradient(x64):
   x, shortcut = inputs((3, 6, 6, 12), jnp.float64)
-  jitted = outputs(Ending('fused'), x, shortcut, True)
+  jitted = outputs(Ending('xla'), x, shortcut, True)
   with jax.disable_jit():
-    eager = outputs(Ending('fused'), x, shortcut, True)
+    eager = outputs(Ending('xla'), x, shortcut, True)
   assert_close(jitted, eager, 1e-12)
 
 
@@ -138,7 +142,7 @@ def test_second_derivatives(x64):
 
     return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(jax.grad(total)(x)))))(x)
 
-  assert_close(squared_gradient('fused'), squared_gradient('plain'), 1e-10)
+  assert_close(squared_gradient('xla'), squared_gradient('plain'), 1e-10)
 
 
 def test_a_scale_of_zero_takes_the_first_element(x64):
@@ -158,7 +162,7 @@ def test_a_scale_of_zero_takes_the_first_element(x64):
 
     return jax.jit(jax.grad(total))(variables['params'])['norm']
 
-  assert_close(scale_gradient('fused'), scale_gradient('plain'), 1e-10)
+  assert_close(scale_gradient('xla'), scale_gradient('plain'), 1e-10)
 
 
 def test_a_subclass_is_called():
@@ -212,11 +216,11 @@ def test_ties_go_to_the_first(axis, size):
 def test_other_choices_are_not_fused(fields):
   assert not CBAM(**fields).fusible
   with pytest.raises(UserError, match="Leave implementation='auto'"):
-    CBAM(**fields, implementation='fused')
+    CBAM(**fields, implementation='xla')
 
 
 def test_unknown_implementation():
-  with pytest.raises(UserError, match='auto, plain, fused'):
+  with pytest.raises(UserError, match='auto, plain, xla, pallas'):
     CBAM(implementation='fast')
 
 

@@ -107,7 +107,7 @@ def resnet(implementation, **fields):
 @pytest.mark.parametrize('remat', [False, True])
 def test_plain_and_fused_have_the_maps_that_refine_every_block(remat):
   images = random_features((3, 12, 12, 3), dtype=np.float32)
-  plain, fused = resnet('plain'), resnet('fused', remat=remat)
+  plain, fused = resnet('plain'), resnet('xla', remat=remat)
   variables = random_variables(plain, images, train=False)
   _, captured = jax.jit(
     functools.partial(

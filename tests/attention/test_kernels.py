@@ -1,0 +1,102 @@
+"""The Pallas kernels against NumPy, interpreted; that they lower; and on several devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cbam_jax.attention import kernels
+from cbam_jax.training.sharding import make_mesh
+
+# Positions and channels that fill a tile, several of them, and part of one.
+SHAPES = [(2, 49, 96), (2, 300, 128), (3, 64, 24)]
+TYPES = [jnp.float32, jnp.bfloat16]
+
+
+@pytest.fixture(params=['tpu', 'gpu'])
+def kind(request, monkeypatch):
+  """Of which platform the kernels are that the test interprets."""
+  monkeypatch.setattr(
+    kernels, '_on_each_platform', lambda **kinds: kinds[request.param](interpret=True)
+  )
+
+
+def integers(shape, dtype=jnp.float32, least=-40, most=40):
+  """Whole numbers, which round nowhere and are often equal."""
+  return jnp.asarray(np.random.default_rng(0).integers(least, most, shape), dtype)
+
+
+@pytest.mark.parametrize('dtype', TYPES)
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.usefixtures('kind')
+def test_over_positions(shape, dtype):
+  x, sign = integers(shape, dtype), integers((shape[0], 1, shape[2]), least=-1, most=2)
+  mean, peak, position = jax.jit(kernels.over_positions)(x, sign)
+  values = np.asarray(x, np.float32)
+  np.testing.assert_allclose(mean, values.mean(1), rtol=1e-6, atol=1e-5)
+  values = values * np.asarray(sign)
+  np.testing.assert_array_equal(peak, values.max(1))
+  np.testing.assert_array_equal(position, values.argmax(1))
+
+
+@pytest.mark.parametrize('dtype', TYPES)
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.usefixtures('kind')
+def test_over_channels(shape, dtype):
+  x = integers(shape, dtype)
+  scale, offset = (integers((1, 1, shape[2]), least=low, most=3) for low in (-2, -3))
+  mean, peak, position = jax.jit(kernels.over_channels)(x, scale, offset)
+  values = np.asarray(x, np.float32) * np.asarray(scale) + np.asarray(offset)
+  np.testing.assert_allclose(mean, values.mean(2), rtol=1e-6, atol=1e-5)
+  np.testing.assert_array_equal(peak, values.max(2))
+  np.testing.assert_array_equal(position, values.argmax(2))
+
+
+def both(x, vector):
+  return kernels.over_positions(x, vector), kernels.over_channels(x, vector, vector)
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+@pytest.mark.parametrize('dtype', TYPES)
+# The last features of a block at each stage of ResNet-50, for images of 224.
+@pytest.mark.parametrize('shape', [(2, 3136, 256), (2, 784, 512), (2, 196, 1024), (2, 49, 2048)])
+def test_they_lower_for_accelerators(shape, dtype, platform):
+  x = jax.ShapeDtypeStruct(shape, dtype)
+  vector = jax.ShapeDtypeStruct((1, 1, shape[2]), jnp.float32)
+  lowered = jax.jit(both).trace(x, vector).lower(lowering_platforms=(platform,)).as_text()
+  name = {'tpu': 'tpu_custom_call', 'cuda': '__gpu$xla.gpu.triton'}[platform]
+  assert lowered.count(f'stablehlo.custom_call @{name}') == 2
+
+
+def test_each_device_pools_its_own_examples():
+  mesh = make_mesh(1)
+  split = NamedSharding(mesh, PartitionSpec('data'))
+  x, one = jax.device_put(integers((16, 49, 32)), split), jnp.ones((1, 1, 32))
+  compiled = jax.jit(both).lower(x, one).compile()
+  assert 'all-gather' not in compiled.as_text()
+  (_, peak, _), (_, _, channel) = compiled(x, one)
+  assert peak.sharding.is_equivalent_to(split, 2)
+  np.testing.assert_array_equal(peak, np.max(x, 1))
+  np.testing.assert_array_equal(channel, np.argmax(x, 2))
+
+
+def test_vmap():
+  x, one = integers((3, 2, 49, 32)), jnp.ones((1, 1, 32))
+  mapped = jax.vmap(functools.partial(both, vector=one))(x)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    mapped,
+    jax.tree.map(lambda *each: jnp.stack(each), *(both(some, one) for some in x)),
+  )
+
+
+@pytest.mark.parametrize('pools', [kernels.over_positions, kernels.over_channels])
+def test_what_is_not_a_number_stays(pools):
+  x = integers((1, 4, 8)).at[0, 1, 2].set(jnp.nan)
+  vectors = [jnp.ones((1, 1, 8))] * (2 if pools is kernels.over_channels else 1)
+  mean, peak, _ = pools(x, *vectors)
+  for found in (mean, peak):
+    assert np.isnan(found).sum() == 1
