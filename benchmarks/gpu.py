@@ -1,0 +1,205 @@
+"""Networks and the CBAM block on one GPU, in bfloat16, beside PyTorch's and the card's own peaks.
+
+Three tables: images a second of training and inference, beside timm's network by `torch.compile`,
+channels last, under autocast; for the end of a residual block, time, bandwidth and FLOP rate as
+shares of what a copy and a matrix product reach on the same card; and the kernels of a train step.
+
+  pip install -U 'jax[cuda13]' && pip install 'cbam-jax[train]' torch timm
+  python benchmarks/gpu.py
+"""
+
+import argparse
+import collections
+import functools
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+# Both frameworks share the card's memory.
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from models import Runner, compiled, measure
+from pytorch_networks import network
+
+import cbam_jax
+
+IMPLEMENTATIONS = ('plain', 'xla', 'pallas')
+
+# Passes over the features that a block's end cannot do without: x before each gate and at the sum,
+# the shortcut, the output; and in the backward pass x, the output and its cotangent for the spatial
+# gate, x and the sum's cotangent for each further gate, and two cotangents written.
+PASSES = {'forward': 5, 'gradient': 5 + 9}
+
+
+def ours(attention: str, implementation: str, images: np.ndarray, step: str) -> Runner:
+  """Our ResNet-50."""
+  if attention == 'cbam':
+    attention = functools.partial(cbam_jax.CBAM, implementation=implementation)
+  model = cbam_jax.create_model('resnet50', attention=attention, dtype=jnp.bfloat16)
+  return compiled(model, images, step)
+
+
+def pytorch(form: str, images: np.ndarray, step: str, device: str) -> Runner:
+  """timm's ResNet-50 by `torch.compile`, channels last, under autocast."""
+  torch.manual_seed(0)
+  module = network('resnet50', form).to(device, memory_format=torch.channels_last)
+  inputs = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
+  labels = torch.arange(len(images), device=device)
+  module.train(step == 'train')
+  call = torch.compile(module)
+  optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+  def wait() -> None:
+    if device == 'cuda':
+      torch.cuda.synchronize()
+
+  def forward() -> None:
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
+      call(inputs)
+    wait()
+
+  def train() -> None:
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(device, torch.bfloat16):
+      loss = torch.nn.functional.cross_entropy(call(inputs), labels)
+    loss.backward()
+    optimizer.step()
+    wait()
+
+  return forward if step == 'forward' else train
+
+
+def networks(images: np.ndarray, rounds: int, device: str) -> None:
+  """Prints images a second."""
+  print('| ResNet-50 | step | peer | images/s | times the best PyTorch |\n|---|---|---|---|---|')
+  for attention in ('none', 'cbam'):
+    for step in ('forward', 'train'):
+      forms = ('cbam', 'paper_cbam') if attention == 'cbam' else ('none',)
+      peers = {f'PyTorch, {form}': pytorch(form, images, step, device) for form in forms}
+      for implementation in IMPLEMENTATIONS if attention == 'cbam' else ('xla',):
+        name = f'cbam_jax, {implementation}' if attention == 'cbam' else 'cbam_jax'
+        peers[name] = ours(attention, implementation, images, step)
+      seconds = {name: statistics.median(s) for name, s in measure(peers, rounds).items()}
+      best = min(s for name, s in seconds.items() if name.startswith('PyTorch'))
+      for name, s in seconds.items():
+        print(
+          f'| {attention} | {step} | {name} | {len(images) / s:.0f} | {best / s:.2f} |', flush=True
+        )
+
+
+def timed(function: Runner, repeats: int = 20) -> float:
+  """Seconds of a run, the least of several."""
+  function()
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    function()
+    seconds.append(time.perf_counter() - start)
+  return min(seconds)
+
+
+def peaks(size: int) -> tuple[float, float]:
+  """FLOP/s of a bfloat16 matrix product, and bytes/s of a copy, read and written."""
+  square = jnp.ones((size, size), jnp.bfloat16)
+  product = jax.jit(jnp.dot)
+  flops = 2 * size**3 / timed(lambda: product(square, square).block_until_ready())
+  array = jnp.ones((8 * size, size), jnp.float32)
+  copy = jax.jit(jnp.negative)
+  return flops, 2 * array.nbytes / timed(lambda: copy(array).block_until_ready())
+
+
+def blocks(batch: int, size: int, flops: float, bandwidth: float) -> None:
+  """Prints what the end of a residual block takes at each stage of ResNet-50."""
+  print('\n| features | pass | implementation | ms | of the bandwidth | of the FLOP rate |')
+  print('|---|---|---|---|---|---|')
+  for side, channels in (
+    (size // 4, 256),
+    (size // 8, 512),
+    (size // 16, 1024),
+    (size // 32, 2048),
+  ):
+    shape = (batch, side, side, channels)
+    x, shortcut = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in (0, 1))
+    scale, offset = (jnp.full((1, 1, 1, channels), value) for value in (0.5, 0.1))
+    inputs = x, scale, offset, shortcut
+    for implementation in IMPLEMENTATIONS:
+      module = cbam_jax.CBAM(implementation=implementation)
+      variables = module.init(jax.random.key(2), x[:1], train=False)
+
+      def end(x, scale, offset, shortcut, module=module, variables=variables):
+        if module.implementation == 'plain':
+          y = (x * scale + offset).astype(x.dtype)
+          y, _ = module.apply(variables, y, train=True, mutable=['batch_stats'])
+          return jax.nn.relu(y + shortcut)
+        y, _ = module.apply(
+          variables, x, scale, offset, shortcut,
+          train=True, mutable=['batch_stats'], method='finish_block',
+        )  # fmt: skip
+        return y
+
+      def gradient(*inputs, end=end):
+        y, pull_back = jax.vjp(end, *inputs)
+        return pull_back(y)
+
+      for name, function in (('forward', end), ('gradient', gradient)):
+        run = jax.jit(function).lower(*inputs).compile()
+        s = timed(lambda run=run, inputs=inputs: jax.block_until_ready(run(*inputs)))
+        count = run.cost_analysis().get('flops', float('nan'))
+        print(
+          f'| {"x".join(map(str, shape))} | {name} | {implementation} | {1e3 * s:.3f} '
+          f'| {PASSES[name] * x.nbytes / s / bandwidth:.0%} | {count / s / flops:.2%} |',
+          flush=True,
+        )
+
+
+def profile(images: np.ndarray, implementation: str) -> None:
+  """Prints the kernels of a train step that take longest."""
+  run = ours('cbam', implementation, images, 'train')
+  run()
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      run()
+    (file,) = Path(folder).rglob('*.xplane.pb')
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    spent: collections.Counter[str] = collections.Counter()
+    count: collections.Counter[str] = collections.Counter()
+    for plane in planes:
+      for line in plane.lines if plane.name.startswith('/device:GPU') else ():
+        if line.name.startswith('Stream'):
+          for event in line.events:
+            spent[event.name] += event.duration_ns
+            count[event.name] += 1
+  print(f'\n| kernel of a train step, CBAM by {implementation} | launches | ms | share |')
+  print('|---|---|---|---|')
+  for name, ns in spent.most_common(25):
+    print(f'| {name[:70]} | {count[name]} | {ns / 1e6:.2f} | {ns / spent.total():.1%} |')
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--batch-size', type=int, default=256)
+  parser.add_argument('--image-size', type=int, default=224)
+  parser.add_argument('--rounds', type=int, default=10)
+  args = parser.parse_args()
+
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  print(f'{jax.devices()[0].device_kind}; jax {jax.__version__}, PyTorch {torch.__version__}')
+  flops, bandwidth = peaks(8192 if device == 'cuda' else 512)
+  print(f'peaks measured: {flops / 1e12:.1f} TFLOP/s, {bandwidth / 1e9:.0f} GB/s')
+  print(f'bfloat16, batch {args.batch_size} at {args.image_size}\n')
+  shape = (args.batch_size, 3, args.image_size, args.image_size)
+  images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+  blocks(args.batch_size, args.image_size, flops, bandwidth)
+  for implementation in ('xla', 'pallas'):
+    profile(images, implementation)
+  networks(images, args.rounds, device)
+
+
+if __name__ == '__main__':
+  main()
