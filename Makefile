@@ -10,6 +10,9 @@ RUN := $(VENV)/bin/python
 # Written last, so that a build that failed half-way is never taken for a finished one.
 READY := $(VENV)/.ready
 
+# Told apart from a .venv that somebody made for himself, which is not to be cleared.
+OURS := $(VENV)/.made-by-make
+
 # A .venv outlives the interpreter it was made with: it is stale when it cannot start.
 ifneq ($(shell $(RUN) -c 'print(1)' 2>/dev/null),1)
 $(READY): rebuild
@@ -54,7 +57,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but Python 3.11 or newer is needed:" \
 	    "name one, as in make PYTHON=python3.12 $(or $(MAKECMDGOALS),test)" >&2; exit 1; }
+	@[ ! -d $(VENV) ] || [ -e $(OURS) ] || [ -e $@ ] || { \
+	  echo "$(VENV) was not made by make, which would clear it: move it away, or name another folder" \
+	    "as in make VENV=.venv-make $(or $(MAKECMDGOALS),test)" >&2; exit 1; }
 	@echo 'Building $(VENV), which takes a few minutes the first time'
 	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $(OURS)
 	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	@touch $@

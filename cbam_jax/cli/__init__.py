@@ -1,4 +1,4 @@
-"""The command line, `cbam-jax`: one file a subcommand."""
+"""Trains, evaluates, explains and converts CBAM networks; each command has its own --help."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from cbam_jax.cli import convert, evaluate, explain, export, models, predict, prepare, train
-from cbam_jax.errors import RunError, UserError
+from cbam_jax.errors import RunError, UserError, near
 
 COMMANDS = {
   'train': train,
@@ -32,10 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   for name, module in COMMANDS.items():
     subparser = subparsers.add_parser(name, help=module.__doc__, description=module.__doc__)
     module.add_arguments(subparser)
-    subparser.set_defaults(run=module.run)
+    subparser.set_defaults(run=module.run, parser=subparser)
   arguments, rest = parser.parse_known_args(argv)
   if rest and arguments.command != 'train':
-    parser.error(f'unrecognized arguments: {" ".join(rest)}')
+    known = [option for action in arguments.parser._actions for option in action.option_strings]
+    arguments.parser.error(
+      f'unrecognized arguments: {" ".join(rest)}.{near(rest[0].partition("=")[0], known)}'
+    )
   try:
     if arguments.command == 'train':
       arguments.overrides = rest

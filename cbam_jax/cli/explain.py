@@ -123,8 +123,9 @@ def _networks(arguments: argparse.Namespace) -> dict[str, Pretrained]:
   networks = [load_network(arguments, name) for name in names]
   if len({network.preprocessing for network in networks}) > 1:
     raise UserError(
-      'the networks take different parts of a picture; set the same for all with --image-size, '
-      '--resized-side, --interpolation, --mean and --std.'
+      'the networks make different things of a picture: '
+      + '; '.join(f'{name}: {n.preprocessing}' for name, n in zip(names, networks, strict=True))
+      + '. Set the same for all with --image-size, --resized-side, --interpolation, --mean, --std.'
     )
   titles = [_title(network) for network in networks]
   paths = [shown(where.replace('{attention}', name)) for name in names]
@@ -202,7 +203,8 @@ def _draw(
     stage = arguments.stage or 'the last stage'
     with whole_file(out / REPORT) as partial:
       write_report(partial, entries, method=METHOD_NAMES[arguments.method], stage=stage)
-    print(f'{shown(out / REPORT)} shows {len(entries)} pictures; a panel of each is beside it')
+    pictures_shown = f'{len(entries)} picture{"s" * (len(entries) > 1)}'
+    print(f'{shown(out / REPORT)} shows {pictures_shown}; a panel of each is beside it')
   if unread := len(panels) - len(seen):
     raise RunError(f'{unread} of {len(panels)} pictures could not be read; they are named above.')
 

@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
   """Prints the table, or JSON."""
-  rows = [
+  rows = (
     (name, attention, summary(create_model(name, attention=attention), arguments.image_size))
     for name in arguments.names or list_models()
     for attention in arguments.attention or ATTENTIONS
-  ]
+  )
   if arguments.json:
     entries = [
       {'name': name, 'attention': attention, **dataclasses.asdict(counts)}
@@ -41,6 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
   print(f'{"network":<20}{"attention":<12}{"params (M)":>12}{"multiply-adds (G)":>20}')
   for name, attention, counts in rows:
     params, multiply_adds = counts.params / 1e6, counts.multiply_adds / 1e9
-    print(f'{name:<20}{attention:<12}{params:>12.2f}{multiply_adds:>20.3f}')
+    print(f'{name:<20}{attention:<12}{params:>12.2f}{multiply_adds:>20.3f}', flush=True)
     if arguments.stages:
       print(f'\n{counts}\n')

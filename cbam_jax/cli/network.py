@@ -12,7 +12,7 @@ from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.data.transforms import RESAMPLINGS
 from cbam_jax.errors import UserError, near
 from cbam_jax.interop import from_torch, load_state_dict
-from cbam_jax.interop.pretrained import Pretrained, from_pretrained
+from cbam_jax.interop.pretrained import Pretrained, check_images, from_pretrained
 from cbam_jax.interop.state_dict import TORCH_SUFFIXES
 from cbam_jax.interop.torch import count_classes
 from cbam_jax.models import create_model, list_models
@@ -97,10 +97,12 @@ def load_network(arguments: argparse.Namespace, attention: str | None = None) ->
     network = _from_file(where, attention, arguments)
   else:
     network = _from_folder(where, arguments)
-  return network._replace(
+  network = network._replace(
     preprocessing=_preprocessing(network.preprocessing, arguments),
     classes=_class_names(arguments, network) or network.classes,
   )
+  check_images(network)
+  return network
 
 
 def _from_folder(where: str, arguments: argparse.Namespace) -> Pretrained:
@@ -197,7 +199,9 @@ def _class_names(arguments: argparse.Namespace, network: Pretrained) -> tuple[st
   try:
     names = tuple(Path(arguments.class_names).expanduser().read_text().splitlines())
   except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'--class-names cannot be read: {error}; name a text file.') from error
+    raise UserError(
+      f'--class-names={arguments.class_names} cannot be read ({error}); name a text file.'
+    ) from error
   if len(names) != network.model.num_classes:
     raise UserError(
       f'{arguments.class_names} has {len(names)} lines for {network.model.num_classes} classes; '

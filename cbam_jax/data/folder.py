@@ -69,9 +69,11 @@ def _split_folder(root: Path, split: str) -> Path:
   for name in names:
     if (root / name).is_dir():
       return root / name
+  if not root.is_dir():
+    raise UserError(f'there is no folder {root}; name the root of the pictures in data.dir.')
   raise UserError(
     f'{root} has no folder {" or ".join(repr(name) for name in names)}; lay the pictures out as '
-    f'{root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, and name the root in --config.data.dir.'
+    f'{root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, and name their root in data.dir.'
   )
 
 

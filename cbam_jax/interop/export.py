@@ -188,7 +188,8 @@ def _traceable(
   except flax.errors.FlaxError as error:
     raise UserError(
       f'the variables are not those of this {type(model).__name__} for images of {channels} '
-      f'channels ({first_line(error)}); give what its init returns, with other values.'
+      f'channels ({first_line(error)}); give what its init returns, with other values, and its '
+      'channels.'
     ) from error
   return logits, images
 

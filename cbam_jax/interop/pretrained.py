@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +136,37 @@ def from_pretrained(name: str | os.PathLike[str]) -> Pretrained:
     unflatten_dict({path: jnp.asarray(array) for path, array in arrays.items()}),
     Preprocessing.from_dict(config.get('preprocessing')),
     None if classes is None else tuple(classes),
+  )
+
+
+def check_images(network: Pretrained) -> None:
+  """Asks whether a network takes what its preprocessing makes of a picture.
+
+  Raises:
+    UserError: If it was made for images of other channels.
+  """
+  side, channels = network.preprocessing.image_size, network.preprocessing.channels
+
+  def takes(channels: int) -> bool:
+    images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    try:
+      jax.eval_shape(lambda v, x: network.model.apply(v, x, train=False), network.variables, images)
+    except flax.errors.FlaxError:
+      return False
+    return True
+
+  if takes(channels):
+    return
+  other = 1 if channels == 3 else 3
+  if takes(other):
+    raise UserError(
+      f'the network takes images of {other} channels, but mean is {network.preprocessing.mean} and '
+      f'std {network.preprocessing.std}; give those that it was trained with, one number a channel '
+      '(--mean, --std).'
+    )
+  raise UserError(
+    f'the network takes images of neither {channels} nor {other} channels, and pictures have no '
+    'other; use it from Python.'
   )
 
 

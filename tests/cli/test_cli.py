@@ -353,6 +353,7 @@ def test_models_refuses_what_it_does_not_know(refused, arguments, parts):
     (['train', '--workdir=x'], 'required: --config'),
     (['train', f'--config={DIGITS}'], 'required: --workdir'),
     (['evaluate', '--workdir=x', '--config.epochs=1'], 'unrecognized arguments'),
+    (['predict', 'a.png', '--weights=x', '--modle=y'], "Did you mean '--model'"),
     (['models', '--image-size=big'], "invalid int value: 'big'"),
   ],
 )

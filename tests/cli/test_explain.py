@@ -101,7 +101,7 @@ def test_a_name_may_be_any_bytes(home, tmp_path, capsys):
   weights, out = f'--weights={home / "net_none"}', tmp_path / os.fsdecode(b'out\xe9')
   assert main(['explain', str(file), str(broken), weights, f'--out={out}']) == 1
   output = capsys.readouterr()
-  assert f'{tmp_path}/out\ufffd/report.html shows 1 pictures' in output.out
+  assert f'{tmp_path}/out\ufffd/report.html shows 1 picture;' in output.out
   assert f'{tmp_path}/\ufffd.jpg cannot be read' in output.err
   assert sorted(out.iterdir()) == sorted([out / f'{file.stem}.png', out / 'report.html'])
   title = f'{tmp_path}/caf\ufffd $\\q$.jpg'

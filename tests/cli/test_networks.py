@@ -9,18 +9,20 @@ import sys
 import types
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 import safetensors.numpy
 
-from cbam_jax import to_torch
+from cbam_jax import create_model, to_torch
 from cbam_jax.cli import main
 from cbam_jax.cli.convert import write_state_dict
 from cbam_jax.interop.pretrained import save_pretrained
 from tests.cli.trained import (
   CLASSES,
+  FIELDS,
   PREPROCESSING,
   network,
   picture,
@@ -226,7 +228,7 @@ def test_a_part_of_a_folder(refused, home):
     (['--resized-side=big'], "--resized-side is 'big'; give a number of pixels, or none"),
     (['--image-size=50'], 'a crop of 50 pixels from a side of 36'),
     (['--mean', '0.5'], 'give one number each'),
-    (['--class-names=nowhere.txt'], '--class-names cannot be read'),
+    (['--class-names=nowhere.txt'], '--class-names=nowhere.txt cannot be read'),
     ([f'--class-names={__file__}'], 'lines for 3 classes'),
   ],
 )
@@ -307,6 +309,18 @@ def test_evaluate_needs_a_data_set_that_fits(refused, home, tmp_path):
 
 
 # ---- convert ---------------------------------------------------------------------------------
+
+
+def test_a_file_of_arrays_does_not_tell_what_images_are(tmp_path, refused):
+  model = create_model('resnet18', attention='cbam', **FIELDS)
+  variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
+  safetensors.numpy.save_file(to_torch(model, variables), tmp_path / 'grey.safetensors')
+  command = ['convert', str(tmp_path / 'grey.safetensors'), str(tmp_path / 'net'), *TOLD]
+  message = refused(*command)
+  assert 'takes images of 1 channels, but mean is (0.485, 0.456, 0.406)' in message
+  assert 'one number a channel (--mean, --std)' in message
+  assert not (tmp_path / 'net').exists()
+  assert main([*command, '--mean=0.3', '--std=0.37']) == 0
 
 
 def convert(*arguments) -> int:

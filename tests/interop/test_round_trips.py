@@ -1,5 +1,7 @@
 """What `to_torch` writes, `from_torch` reads back bit for bit."""
 
+import itertools
+
 import jax
 import pytest
 
@@ -16,15 +18,11 @@ from cbam_jax.interop import from_torch, to_torch
 from cbam_jax.interop.tables import tables
 from tests.interop.variables import assert_same, random_variables, without_biases
 
-LARGE = ('resnet101', 'resnet152', 'resnext101_32x4d', 'vgg16')
-EACH_STRUCTURE = ('resnet18', 'resnet50', 'mobilenet_v1')
-
-# Every network with every attention; by default, each structure with each.
+# Every network with every attention; by default, each structure with one.
+QUICK = {('resnet18', 'none'), ('resnet18', 'bam'), ('resnet50', 'cbam'), ('mobilenet_v1', 'se')}
 SWEEP = [
-  pytest.param(name, attention, marks=() if quick else pytest.mark.slow)
-  for name in list_models()
-  for attention in ('none', 'se', 'cbam', 'bam')
-  for quick in [name in EACH_STRUCTURE or (attention == 'cbam' and name not in LARGE)]
+  pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+  for case in itertools.product(list_models(), ('none', 'se', 'cbam', 'bam'))
 ]
 
 
