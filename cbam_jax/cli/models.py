@@ -26,11 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
   """Prints the table, or JSON."""
-  rows = (
-    (name, attention, summary(create_model(name, attention=attention), arguments.image_size))
+  models = [
+    (name, attention, create_model(name, attention=attention))
     for name in arguments.names or list_models()
     for attention in arguments.attention or ATTENTIONS
-  )
+  ]
+  rows = ((*names, summary(model, arguments.image_size)) for *names, model in models)
   if arguments.json:
     entries = [
       {'name': name, 'attention': attention, **dataclasses.asdict(counts)}
@@ -38,8 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     print(json.dumps(entries, indent=2))
     return
-  print(f'{"network":<20}{"attention":<12}{"params (M)":>12}{"multiply-adds (G)":>20}')
-  for name, attention, counts in rows:
+  for i, (name, attention, counts) in enumerate(rows):
+    if i == 0:
+      print(f'{"network":<20}{"attention":<12}{"params (M)":>12}{"multiply-adds (G)":>20}')
     params, multiply_adds = counts.params / 1e6, counts.multiply_adds / 1e9
     print(f'{name:<20}{attention:<12}{params:>12.2f}{multiply_adds:>20.3f}', flush=True)
     if arguments.stages:
