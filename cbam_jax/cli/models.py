@@ -26,12 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
   """Prints the table, or JSON."""
-  models = [
-    (name, attention, create_model(name, attention=attention))
+  models = {
+    (name, attention): create_model(name, attention=attention)
     for name in arguments.names or list_models()
     for attention in arguments.attention or ATTENTIONS
-  ]
-  rows = ((*names, summary(model, arguments.image_size)) for *names, model in models)
+  }
+  rows = (
+    (name, attention, summary(model, arguments.image_size))
+    for (name, attention), model in models.items()
+  )
   if arguments.json:
     entries = [
       {'name': name, 'attention': attention, **dataclasses.asdict(counts)}
