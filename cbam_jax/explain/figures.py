@@ -62,8 +62,7 @@ def _draw_classes(part: Any, image: np.ndarray, view: View) -> None:
   axes[0].set_title('what the network sees', fontsize='small')
   for axis, found in zip(axes[1:3], view.class_maps, strict=False):
     axis.imshow(overlay(image, found.cam))
-    title = f'{_short(found.name)}, {found.probability:.1%}'
-    axis.set_title(title, fontsize='small', parse_math=False)
+    axis.set_title(f'{_short(found.name)}{found.percent}', fontsize='small', parse_math=False)
   names = [_short(name) for name, _ in view.top]
   places = np.arange(len(names))
   drawn = axes[3].barh(places, [100 * p for _, p in view.top], color='tab:blue')

@@ -117,7 +117,7 @@ def _article(entry: Entry) -> str:
 
 
 def _class_map(view: View, found: ClassMap, image: np.ndarray) -> str:
-  caption = f'<b>{escape(found.name)}</b>, {found.probability:.1%}<br>{escape(view.network)}'
+  caption = f'<b>{escape(found.name)}</b>{found.percent}<br>{escape(view.network)}'
   return _figure(overlay(image, found.cam), caption, 'large')
 
 

@@ -31,14 +31,19 @@ class ClassMap(NamedTuple):
   """Where a network sees a class.
 
   Attributes:
-    name: Of the class.
-    probability: What the network gives it.
+    name: Of the class; or 'no class' of a map of what stands out alone.
+    probability: What the network gives it; None of no class.
     cam: The map, (h, w), not normalised.
   """
 
   name: str
-  probability: float
+  probability: float | None
   cam: np.ndarray
+
+  @property
+  def percent(self) -> str:
+    """The probability as text, with a comma before it to follow the name."""
+    return '' if self.probability is None else f', {self.probability:.1%}'
 
 
 class AttentionMap(NamedTuple):
@@ -108,7 +113,7 @@ def view(
     batch = np.stack([*some, *[np.zeros_like(some[0])] * (size - len(some))])
     seen = jax.device_get(look(network.variables, batch))
     for i in range(len(some)):
-      yield _view(network, title, jax.tree.map(lambda a, i=i: a[i], seen), chosen, top)
+      yield _view(network, title, jax.tree.map(lambda a, i=i: a[i], seen), method, chosen, top)
 
 
 def _look(
@@ -144,7 +149,7 @@ def last_stage(network: Pretrained, image: np.ndarray) -> str:
 
 
 def _view(
-  network: Pretrained, title: str, seen: dict[str, Any], chosen: int | None, top: int
+  network: Pretrained, title: str, seen: dict[str, Any], method: str, chosen: int | None, top: int
 ) -> View:
   probabilities = seen['probabilities']
   order = [int(index) for index in np.argsort(-probabilities, kind='stable')[:top]]
@@ -152,7 +157,8 @@ def _view(
   def named(index: int) -> tuple[str, float]:
     return class_name(network, index), float(probabilities[index])
 
-  class_maps = [ClassMap(*named(order[0]), seen['found'])]
+  found = ('no class', None) if method == 'eigen_cam' else named(order[0])
+  class_maps = [ClassMap(*found, seen['found'])]
   if chosen is not None and chosen != order[0]:
     class_maps.append(ClassMap(*named(chosen), seen['chosen']))
   attention = tuple(_attention(name, gates) for name, gates in seen['attention'].items())

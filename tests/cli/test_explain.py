@@ -164,6 +164,14 @@ def test_a_view_is_what_the_functions_say():
     np.testing.assert_allclose(seen.attention[0].channel, first['channel'][i], atol=1e-6)
 
 
+def test_what_stands_out_is_of_no_class():
+  made = network()
+  (seen,) = view(made, 'net', [made.preprocessing(picture())], method='eigen_cam')
+  (found,) = seen.class_maps
+  assert (found.name, found.probability, found.percent) == ('no class', None, '')
+  assert seen.top[0][0] in CLASSES
+
+
 # ---- a score ---------------------------------------------------------------------------------
 
 
