@@ -61,7 +61,7 @@ $(READY): pyproject.toml constraints.txt
 	  echo "$(VENV) was not made by make, which would clear it: move it away, or name another folder" \
 	    "as in make VENV=.venv-make $(or $(MAKECMDGOALS),test)" >&2; exit 1; }
 	@echo 'Building $(VENV), which takes a few minutes the first time'
-	@$(PYTHON) -m venv --clear $(VENV)
-	@touch $(OURS)
+	@rm -rf $(VENV) && mkdir $(VENV) && touch $(OURS)
+	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	@touch $@

@@ -42,8 +42,8 @@ class CBAM(nn.Module):
     implementation: How a residual block of this package ends with it. 'plain': as the definition
       reads, which forward-mode derivatives need. 'xla': fused with the batch norm before it and the
       sum after it, in few passes over memory. 'pallas': the same with Pallas kernels for the pools,
-      for GPUs and TPUs; it has first derivatives alone. 'auto': 'xla' where that is possible, for
-      the paper's own CBAM, else 'plain'.
+      for GPUs and TPUs; it has first derivatives alone, and takes check_vma=False in a shard_map.
+      'auto': 'xla' where that is possible, for the paper's own CBAM, else 'plain'.
     dtype: Type of the output; None follows the input. Pools and gates are float32 at the least.
     param_dtype: Type in which parameters are stored.
 

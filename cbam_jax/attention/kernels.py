@@ -97,10 +97,10 @@ def _channels_pooled(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Three
   n, p, c = x.shape
   outputs = [((n, p, 1), dtype) for dtype in _dtypes(x)]
 
-  def run(rows: int, chunk: int, **options: Any) -> list[jax.Array]:
+  def run(rows: int, chunk: int, masked: bool = False, **options: Any) -> list[jax.Array]:
     vector = pl.BlockSpec((None, 1, c), lambda i, j: (i, 0, 0))
     return pl.pallas_call(
-      functools.partial(_over_channels, positions=p, channels=c, chunk=chunk),
+      functools.partial(_over_channels, positions=p, channels=c, chunk=chunk, masked=masked),
       out_shape=[jax.ShapeDtypeStruct(*output) for output in outputs],
       grid=(n, pl.cdiv(p, rows)),
       in_specs=[pl.BlockSpec((None, rows, c), lambda i, j: (i, j, 0)), vector, vector],
@@ -112,19 +112,20 @@ def _channels_pooled(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Three
   rows = min(p, TPU_POSITIONS)
   total, peak, position = _on_each_platform(
     tpu=functools.partial(run, rows, c),
-    gpu=functools.partial(run, GPU_CHUNK[0], _power_of_two(c, GPU_CHUNK[1])),
+    # What sticks out of a TPU's last tile is never written; a GPU must not touch it.
+    gpu=functools.partial(
+      run, GPU_CHUNK[0], _power_of_two(c, GPU_CHUNK[1]), masked=p % GPU_CHUNK[0] > 0
+    ),
   )
   return total[..., 0] / c, peak[..., 0], position[..., 0]
 
 
 def _over_channels(
   x_ref: Any, scale_ref: Any, offset_ref: Any, *outputs: Any,
-  positions: int, channels: int, chunk: int,
+  positions: int, channels: int, chunk: int, masked: bool,
 ) -> None:  # fmt: skip
   rows = x_ref.shape[0]
   left = positions - pl.program_id(1) * rows
-  # What sticks out of a TPU's last tile is never written; a GPU must not touch it.
-  masked = chunk < channels and positions % rows > 0
 
   def inside(columns: int) -> jax.Array | None:
     shape = (rows, columns)
@@ -152,9 +153,10 @@ def _for_each_example(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _on_each_device(pools: Callable[..., Three], rule: str) -> Callable[..., Three]:
-  """`pools`, whose examples stand alone, on each device's own ones, and under `vmap`.
+  """`pools`, whose examples stand alone, on each device's own ones.
 
-  Neither the compiler's partitioner nor `vmap` can look into a kernel.
+  Neither the compiler's partitioner nor `vmap`, whose axis joins the examples, can look into a
+  kernel.
   """
 
   def partition(mesh: Any, arguments: Any, results: Any) -> Any:

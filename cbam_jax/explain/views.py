@@ -157,8 +157,8 @@ def _view(
   def named(index: int) -> tuple[str, float]:
     return class_name(network, index), float(probabilities[index])
 
-  found = ('no class', None) if method == 'eigen_cam' else named(order[0])
-  class_maps = [ClassMap(*found, seen['found'])]
+  name, probability = ('no class', None) if method == 'eigen_cam' else named(order[0])
+  class_maps = [ClassMap(name, probability, seen['found'])]
   if chosen is not None and chosen != order[0]:
     class_maps.append(ClassMap(*named(chosen), seen['chosen']))
   attention = tuple(_attention(name, gates) for name, gates in seen['attention'].items())

@@ -171,6 +171,7 @@ def _traceable(
   normalize: Normalize | None,
 ) -> tuple[Callable[[Any, Any], Any], jax.ShapeDtypeStruct]:
   """The network as a function of variables and images, and these images, any number of them."""
+  model = _portable(model)
   if image_size < 1 or channels < 1:
     raise UserError(
       f'images of {image_size}x{image_size} with {channels} channels; all must be at least 1.'
@@ -192,6 +193,14 @@ def _traceable(
       'channels.'
     ) from error
   return logits, images
+
+
+def _portable(model: Classifier) -> Classifier:
+  """The network without kernels of Pallas, each of which is of one platform alone."""
+  attention = model.attention
+  if attention is None or getattr(attention(name='any'), 'implementation', None) != 'pallas':
+    return model
+  return model.clone(attention=functools.partial(attention, implementation='xla'))
 
 
 def _tolerance(told: float | None, model: Classifier) -> float:

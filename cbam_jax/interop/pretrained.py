@@ -151,7 +151,7 @@ def check_images(network: Pretrained) -> None:
     images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     try:
       jax.eval_shape(lambda v, x: network.model.apply(v, x, train=False), network.variables, images)
-    except flax.errors.FlaxError:
+    except flax.errors.ScopeParamShapeError:
       return False
     return True
 

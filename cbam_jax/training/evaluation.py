@@ -75,6 +75,7 @@ def evaluate(workdir: str) -> dict[str, Any]:
     CheckpointError: If the checkpoint is damaged, or of another network.
   """
   run = load_run(workdir)
+  _check_classes(run.network.classes, run.experiment)
   return {'step': run.step, **_evaluate(run.experiment, run.network.variables)}
 
 
@@ -126,23 +127,25 @@ def evaluate_network(
   config.data.workers = workers
   config.eval_batch_size = batch_size
   experiment = Experiment(_for_evaluation(config))
-  _check_classes(network.classes, getattr(experiment.test_source, 'classes', None), data)
+  _check_classes(network.classes, experiment)
   return _evaluate(experiment, network.variables)
 
 
-def _check_classes(
-  network: Sequence[str] | None, data_set: Sequence[str] | None, data: str
-) -> None:
+def _check_classes(network: Sequence[str] | None, experiment: Experiment) -> None:
   """Refuses names that tell that a label is another class to the network.
 
   Names with nothing in common, such as words and synsets, tell nothing.
   """
-  if network is None or data_set is None or set(network).isdisjoint(data_set):
+  names = getattr(experiment.test_source, 'classes', None)
+  if network is None or names is None:
+    return
+  data_set = [' '.join(name.split()) for name in names]  # as a run keeps its own
+  if set(network).isdisjoint(data_set):
     return
   for label, (one, other) in enumerate(zip(network, data_set, strict=False)):
     if one != other:
       raise UserError(
-        f'class {label} is {one!r} to the network and {other!r} in {data}; evaluate it on a data '
+        f'class {label} is {one!r} to the network and {other!r} in the data; evaluate it on a data '
         'set with its classes in its order, or give the network the right --class-names.'
       )
 

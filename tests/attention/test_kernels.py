@@ -71,6 +71,31 @@ def test_they_lower_for_accelerators(shape, dtype, platform):
   assert lowered.count(f'stablehlo.custom_call @{name}') == 2
 
 
+# A GPU's last tile sticks out of 49 and of 3125 positions, whatever the channels are.
+@pytest.mark.parametrize('shape', [(2, 49, 96), (2, 49, 64), (2, 3125, 16), (2, 64, 16)])
+def test_a_gpu_touches_no_position_outside(shape, monkeypatch):
+  # Interpretation pads a tile where a GPU would read and write what lies beside it.
+  masks = []
+
+  def look(kind, function):
+    def called(*args, mask, **options):
+      masks.append((kind, mask.shape))
+      return function(*args, mask=mask, **options)
+
+    monkeypatch.setattr(kernels.triton, kind, called)
+
+  look('load', kernels.triton.load)
+  look('store', kernels.triton.store)
+  monkeypatch.setattr(kernels, '_on_each_platform', lambda tpu, gpu: gpu(interpret=True))
+  vector = jnp.ones((1, 1, shape[2]))
+  kernels.over_channels(jnp.ones(shape), vector, vector)
+  sticks_out = shape[1] % kernels.GPU_CHUNK[0] > 0
+  assert [kind for kind, _ in masks] == ['load', *['store'] * 3] * sticks_out
+  masks.clear()
+  kernels.over_positions(jnp.ones(shape), vector)
+  assert [kind for kind, _ in masks] == ['load'] * sticks_out
+
+
 def test_each_device_pools_its_own_examples():
   mesh = make_mesh(1)
   split = NamedSharding(mesh, PartitionSpec('data'))

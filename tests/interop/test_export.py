@@ -113,6 +113,14 @@ def test_the_batch_is_of_any_size(trained, artifact):
   ],
 )
 def test_every_network_lowers_with_a_symbolic_batch(name, attention):
+  assert_lowers(name, attention)
+
+
+def test_kernels_of_one_platform_are_left_out():
+  assert_lowers('resnet18', functools.partial(CBAM, implementation='pallas'))
+
+
+def assert_lowers(name, attention):
   model = create_model(name, attention=attention, num_classes=5)
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
   variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), image)
