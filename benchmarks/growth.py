@@ -89,13 +89,12 @@ def main() -> None:
         fitted = constant + slope * pixels
         error = np.max(np.abs(values / fitted - 1))
         rows.append((title, attention, name, constant, slope * 224**2, error))
-        (drawn,) = axis.loglog(sizes, values, 'o', label=attention)
-        axis.loglog(sizes, fitted, '-', color=drawn.get_color())
+        (drawn,) = axis.plot(pixels / 1e6, values, 'o', label=attention)
+        axis.plot(pixels / 1e6, fitted, '-', color=drawn.get_color())
         axis.set_ylabel(name)
     for axis in axes[:, column]:
-      axis.set_xlabel(title)
-      axis.set_xticks(sizes, sizes)
-      axis.minorticks_off()
+      axis.set_xlabel(f'megapixels ({title}: {", ".join(map(str, sizes))})')
+      axis.set_ylim(bottom=0)
       axis.grid(alpha=0.3)
       axis.legend()
   print('\n| growing | attention | of | constant | an image of 224x224 | farthest from the line |')
