@@ -13,14 +13,11 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import train_step
 
 import cbam_jax
-from cbam_jax.training.optimizer import sgd
-from cbam_jax.training.state import create_state
-from cbam_jax.training.step import make_train_step
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SIDES = (96, 128, 160, 192, 224, 288, 384)
@@ -29,14 +26,8 @@ SIDES = (96, 128, 160, 192, 224, 288, 384)
 def cost(name: str, attention: str, batch: int, side: int, rounds: int) -> tuple[float, float]:
   """Median seconds of a train step, and MB of its temporary memory."""
   model = cbam_jax.create_model(name, attention=attention)
-  optimizer = sgd(0.1)
-  step = jax.jit(make_train_step(model, optimizer, lambda x: x, lambda step: 0.1), donate_argnums=0)
-  examples = {
-    'image': jax.random.normal(jax.random.key(1), (batch, side, side, 3)),
-    'label': jnp.arange(batch),
-    'mask': jnp.ones(batch, bool),
-  }
-  state = create_state(model, optimizer, jax.random.key(0), (side, side, 3))
+  images = jax.random.normal(jax.random.key(1), (batch, side, side, 3))
+  step, state, examples = train_step.make(model, images)
   compiled = step.lower(state, examples).compile()
   seconds = []
   for _ in range(rounds + 1):

@@ -29,14 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 import timm
 import torch
+import train_step
 from pytorch_networks import NAMES, network
 
 import cbam_jax
 from cbam_jax.layers import Conv
 from cbam_jax.models.base import Classifier
-from cbam_jax.training.optimizer import sgd
-from cbam_jax.training.state import create_state
-from cbam_jax.training.step import make_train_step
 
 ATTENTIONS = ('none', 'se', 'bam', 'cbam')
 
@@ -51,19 +49,11 @@ def compiled(model: Classifier, images: np.ndarray, step: str) -> Runner:
     forward = jax.jit(lambda x: model.apply(variables, x, train=False))
     return lambda: jax.block_until_ready(forward(nhwc))
 
-  optimizer = sgd(0.1)
-  batch = {
-    'image': nhwc,
-    'label': jnp.arange(len(images)),
-    'mask': jnp.ones(len(images), bool),
-  }
-  train_step = make_train_step(model, optimizer, lambda x: x, lambda step: 0.1)
-  train_step = jax.jit(train_step, donate_argnums=0)
-  state = create_state(model, optimizer, jax.random.key(0), nhwc.shape[1:])
+  one_step, state, batch = train_step.make(model, nhwc)
 
   def run() -> None:
     nonlocal state
-    state, metrics = train_step(state, batch)
+    state, metrics = one_step(state, batch)
     jax.block_until_ready((state, metrics))
 
   return run

@@ -136,13 +136,14 @@ def _check_classes(network: Sequence[str] | None, experiment: Experiment) -> Non
 
   Names with nothing in common, such as words and synsets, tell nothing.
   """
-  names = getattr(experiment.test_source, 'classes', None)
-  if network is None or names is None:
+  data_set = getattr(experiment.test_source, 'classes', None)
+  if network is None or data_set is None:
     return
-  data_set = [' '.join(name.split()) for name in names]  # as a run keeps its own
-  if set(network).isdisjoint(data_set):
+  # A run keeps its names with single spaces.
+  ours, theirs = ([' '.join(name.split()) for name in names] for names in (network, data_set))
+  if set(ours).isdisjoint(theirs):
     return
-  for label, (one, other) in enumerate(zip(network, data_set, strict=False)):
+  for label, (one, other) in enumerate(zip(ours, theirs, strict=False)):
     if one != other:
       raise UserError(
         f'class {label} is {one!r} to the network and {other!r} in the data; evaluate it on a data '

@@ -27,6 +27,8 @@ def with_classes(names):
     (['cat', 'dog'], None),
     (['cat', 'dog'], ['cat', 'dog']),
     (['cat', 'dog', 'class 2'], ['cat', 'dog']),
+    (['sea  cat', 'dog'], ['sea  cat', 'dog']),
+    (['sea cat', 'dog'], ['sea  cat', 'dog']),
     (['cat', 'dog'], ['n02121808', 'n02084071']),
   ],
 )
