@@ -4,18 +4,25 @@ Three tables: images a second of training and inference, beside timm's network b
 channels last, under autocast; for the end of a residual block, time, bandwidth and FLOP rate as
 shares of what a copy and a matrix product reach on the same card; and the kernels of a train step.
 
+Everything is compiled first, side by side: ours in threads, PyTorch's beside them. Then all is
+timed, one after the other.
+
   pip install -U 'jax[cuda13]' && pip install 'cbam-jax[train]' torch timm
   python benchmarks/gpu.py
 """
 
 import argparse
 import collections
+import concurrent.futures
 import functools
+import itertools
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Both frameworks share the card's memory.
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
@@ -52,6 +59,7 @@ def pytorch(form: str, images: np.ndarray, step: str, device: str) -> Runner:
   inputs = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
   labels = torch.arange(len(images), device=device)
   module.train(step == 'train')
+  torch.backends.cudnn.benchmark = True
   call = torch.compile(module)
   optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
 
@@ -75,22 +83,52 @@ def pytorch(form: str, images: np.ndarray, step: str, device: str) -> Runner:
   return forward if step == 'forward' else train
 
 
-def networks(images: np.ndarray, rounds: int, device: str) -> None:
+def networks(
+  images: np.ndarray, threads: concurrent.futures.Executor, device: str
+) -> dict[tuple[str, str], dict[str, Runner]]:
+  """Each peer of each attention and step, compiled."""
+  peers: dict[tuple[str, str], dict[str, Any]] = {}
+  for attention, step in itertools.product(('none', 'cbam'), ('forward', 'train')):
+    names = (
+      {f'cbam_jax, {i}': i for i in IMPLEMENTATIONS} if attention == 'cbam' else {'cbam_jax': 'xla'}
+    )
+    peers[attention, step] = {
+      name: threads.submit(warm, functools.partial(ours, attention, implementation, images, step))
+      for name, implementation in names.items()
+    }
+  for (attention, step), ours_of_it in peers.items():
+    for form in ('cbam', 'paper_cbam') if attention == 'cbam' else ('none',):
+      ours_of_it[f'PyTorch, {form}'] = warm(functools.partial(pytorch, form, images, step, device))
+  return {
+    key: {
+      name: peer.result() if isinstance(peer, concurrent.futures.Future) else peer
+      for name, peer in named.items()
+    }
+    for key, named in peers.items()
+  }
+
+
+def warm(make: Callable[[], Runner]) -> Runner:
+  """A runner that has compiled what it runs."""
+  run = make()
+  run()
+  return run
+
+
+def print_networks(
+  peers: dict[tuple[str, str], dict[str, Runner]], count: int, rounds: int
+) -> None:
   """Prints images a second."""
-  print('| ResNet-50 | step | peer | images/s | times the best PyTorch |\n|---|---|---|---|---|')
-  for attention in ('none', 'cbam'):
-    for step in ('forward', 'train'):
-      forms = ('cbam', 'paper_cbam') if attention == 'cbam' else ('none',)
-      peers = {f'PyTorch, {form}': pytorch(form, images, step, device) for form in forms}
-      for implementation in IMPLEMENTATIONS if attention == 'cbam' else ('xla',):
-        name = f'cbam_jax, {implementation}' if attention == 'cbam' else 'cbam_jax'
-        peers[name] = ours(attention, implementation, images, step)
-      seconds = {name: statistics.median(s) for name, s in measure(peers, rounds).items()}
-      best = min(s for name, s in seconds.items() if name.startswith('PyTorch'))
-      for name, s in seconds.items():
-        print(
-          f'| {attention} | {step} | {name} | {len(images) / s:.0f} | {best / s:.2f} |', flush=True
-        )
+  print('\n| ResNet-50 | step | peer | ms | images/s | times the best PyTorch |')
+  print('|---|---|---|---|---|---|')
+  for (attention, step), runners in peers.items():
+    seconds = {name: statistics.median(s) for name, s in measure(runners, rounds).items()}
+    best = min(s for name, s in seconds.items() if name.startswith('PyTorch'))
+    for name, s in seconds.items():
+      print(
+        f'| {attention} | {step} | {name} | {1e3 * s:.2f} | {count / s:.0f} | {best / s:.2f} |',
+        flush=True,
+      )
 
 
 def timed(function: Runner, repeats: int = 20) -> float:
@@ -114,17 +152,17 @@ def peaks(size: int) -> tuple[float, float]:
   return flops, 2 * array.nbytes / timed(lambda: copy(array).block_until_ready())
 
 
-def blocks(batch: int, size: int, flops: float, bandwidth: float) -> None:
-  """Prints what the end of a residual block takes at each stage of ResNet-50."""
-  print('\n| features | pass | implementation | ms | of the bandwidth | of the FLOP rate |')
-  print('|---|---|---|---|---|---|')
-  for side, channels in (
-    (size // 4, 256),
-    (size // 8, 512),
-    (size // 16, 1024),
-    (size // 32, 2048),
-  ):
-    shape = (batch, side, side, channels)
+Block = tuple[tuple[int, ...], str, str, Any, tuple[jax.Array, ...]]
+
+
+def blocks(batch: int, size: int, threads: concurrent.futures.Executor) -> list[Block]:
+  """Shape, pass, implementation, compiled function and inputs of the end of a residual block.
+
+  At each stage of ResNet-50.
+  """
+  made = []
+  for fraction, channels in ((4, 256), (8, 512), (16, 1024), (32, 2048)):
+    shape = (batch, size // fraction, size // fraction, channels)
     x, shortcut = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in (0, 1))
     scale, offset = (jnp.full((1, 1, 1, channels), value) for value in (0.5, 0.1))
     inputs = x, scale, offset, shortcut
@@ -148,20 +186,27 @@ def blocks(batch: int, size: int, flops: float, bandwidth: float) -> None:
         return pull_back(y)
 
       for name, function in (('forward', end), ('gradient', gradient)):
-        run = jax.jit(function).lower(*inputs).compile()
-        s = timed(lambda run=run, inputs=inputs: jax.block_until_ready(run(*inputs)))
-        count = run.cost_analysis().get('flops', float('nan'))
-        print(
-          f'| {"x".join(map(str, shape))} | {name} | {implementation} | {1e3 * s:.3f} '
-          f'| {PASSES[name] * x.nbytes / s / bandwidth:.0%} | {count / s / flops:.2%} |',
-          flush=True,
-        )
+        compiling = threads.submit(jax.jit(function).lower(*inputs).compile)
+        made.append((shape, name, implementation, compiling, inputs))
+  return [(*what, compiling.result(), inputs) for *what, compiling, inputs in made]
 
 
-def profile(images: np.ndarray, implementation: str) -> None:
+def print_blocks(made: list[Block], flops: float, bandwidth: float) -> None:
+  """Prints what the end of a residual block takes."""
+  print('\n| features | pass | implementation | ms | of the bandwidth | of the FLOP rate |')
+  print('|---|---|---|---|---|---|')
+  for shape, name, implementation, run, inputs in made:
+    s = timed(lambda run=run, inputs=inputs: jax.block_until_ready(run(*inputs)))
+    count = run.cost_analysis().get('flops', float('nan'))
+    print(
+      f'| {"x".join(map(str, shape))} | {name} | {implementation} | {1e3 * s:.3f} '
+      f'| {PASSES[name] * inputs[0].nbytes / s / bandwidth:.0%} | {count / s / flops:.2%} |',
+      flush=True,
+    )
+
+
+def profile(run: Runner, name: str) -> None:
   """Prints the kernels of a train step that take longest."""
-  run = ours('cbam', implementation, images, 'train')
-  run()
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       run()
@@ -175,7 +220,10 @@ def profile(images: np.ndarray, implementation: str) -> None:
           for event in line.events:
             spent[event.name] += event.duration_ns
             count[event.name] += 1
-  print(f'\n| kernel of a train step, CBAM by {implementation} | launches | ms | share |')
+  print(
+    f'\n{name}: {spent.total() / 1e6:.2f} ms in {count.total()} kernels\n\n'
+    '| kernel of a train step | launches | ms | share |'
+  )
   print('|---|---|---|---|')
   for name, ns in spent.most_common(25):
     print(f'| {name[:70]} | {count[name]} | {ns / 1e6:.2f} | {ns / spent.total():.1%} |')
@@ -192,13 +240,16 @@ def main() -> None:
   print(f'{jax.devices()[0].device_kind}; jax {jax.__version__}, PyTorch {torch.__version__}')
   flops, bandwidth = peaks(8192 if device == 'cuda' else 512)
   print(f'peaks measured: {flops / 1e12:.1f} TFLOP/s, {bandwidth / 1e9:.0f} GB/s')
-  print(f'bfloat16, batch {args.batch_size} at {args.image_size}\n')
+  print(f'bfloat16, batch {args.batch_size} at {args.image_size}')
   shape = (args.batch_size, 3, args.image_size, args.image_size)
   images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-  blocks(args.batch_size, args.image_size, flops, bandwidth)
-  for implementation in ('xla', 'pallas'):
-    profile(images, implementation)
-  networks(images, args.rounds, device)
+  with concurrent.futures.ThreadPoolExecutor() as threads:
+    peers = networks(images, threads, device)
+    ends = blocks(args.batch_size, args.image_size, threads)
+  print_networks(peers, args.batch_size, args.rounds)
+  print_blocks(ends, flops, bandwidth)
+  for attention, peer in (('none', 'cbam_jax'), ('cbam', 'cbam_jax, pallas')):
+    profile(peers[attention, 'train'][peer], f'{attention}, {peer}')
 
 
 if __name__ == '__main__':

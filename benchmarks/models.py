@@ -45,9 +45,10 @@ def compiled(model: Classifier, images: np.ndarray, step: str) -> Runner:
   """Runs a network of ours."""
   nhwc = jnp.asarray(images.transpose(0, 2, 3, 1))
   if step == 'forward':
-    variables = model.init(jax.random.key(0), nhwc[:1], train=False)
-    forward = jax.jit(lambda x: model.apply(variables, x, train=False))
-    return lambda: jax.block_until_ready(forward(nhwc))
+    initial = jax.jit(functools.partial(model.init, train=False))
+    variables = initial(jax.random.key(0), nhwc[:1])
+    forward = jax.jit(functools.partial(model.apply, train=False))
+    return lambda: jax.block_until_ready(forward(variables, nhwc))
 
   one_step, state, batch = train_step.make(model, nhwc)
 

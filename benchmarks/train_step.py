@@ -1,5 +1,6 @@
 """The train step that the benchmarks time: SGD on random images, on one device."""
 
+import functools
 from typing import Any
 
 import jax
@@ -20,4 +21,5 @@ def make(model: Classifier, images: jax.Array) -> tuple[Any, TrainState, dict[st
     'mask': jnp.ones(len(images), bool),
   }
   step = jax.jit(make_train_step(model, optimizer, lambda x: x, lambda step: 0.1), donate_argnums=0)
-  return step, create_state(model, optimizer, jax.random.key(0), images.shape[1:]), batch
+  initial = functools.partial(create_state, model, optimizer, image_shape=images.shape[1:])
+  return step, jax.jit(initial)(jax.random.key(0)), batch

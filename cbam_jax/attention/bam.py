@@ -49,11 +49,11 @@ class _SpatialBranch(nn.Module):
     conv = functools.partial(Conv, use_bias=True, param_dtype=self.param_dtype)
     norm = functools.partial(BatchNorm, group_size=self.group_size, param_dtype=self.param_dtype)
 
-    x = conv(self.hidden, (1,) * axes, name='reduce')(x)
-    x = nn.relu(norm(name='reduce_norm')(x, train=train))
+    reduce = conv(self.hidden, (1,) * axes, name='reduce')
+    x = nn.relu(reduce(x, norm(name='reduce_norm'), train=train))
     for i in (1, 2):
-      x = conv(self.hidden, (3,) * axes, dilation=self.dilation, name=f'conv{i}')(x)
-      x = nn.relu(norm(name=f'norm{i}')(x, train=train))
+      dilated = conv(self.hidden, (3,) * axes, dilation=self.dilation, name=f'conv{i}')
+      x = nn.relu(dilated(x, norm(name=f'norm{i}'), train=train))
     return conv(1, (1,) * axes, name='out')(x)
 
 

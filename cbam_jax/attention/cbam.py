@@ -41,9 +41,9 @@ class CBAM(nn.Module):
     group_size: Examples that share the spatial batch norm's statistics; None for the whole batch.
     implementation: How a residual block of this package ends with it. 'plain': as the definition
       reads, which forward-mode derivatives need. 'xla': fused with the batch norm before it and the
-      sum after it, in few passes over memory. 'pallas': the same with Pallas kernels for the pools,
-      for GPUs and TPUs; it has first derivatives alone, and takes check_vma=False in a shard_map.
-      'auto': 'xla' where that is possible, for the paper's own CBAM, else 'plain'.
+      sum after it, in few passes over memory. 'pallas': the same with Pallas kernels for what it
+      reduces; it takes check_vma=False in a shard_map. 'auto': for the paper's own CBAM 'pallas' if
+      JAX's default backend is a GPU, else 'xla'; for other choices 'plain'.
     dtype: Type of the output; None follows the input. Pools and gates are float32 at the least.
     param_dtype: Type in which parameters are stored.
 
@@ -163,5 +163,13 @@ class CBAM(nn.Module):
       shortcut,
       self.channel.logits_of,
       functools.partial(self.spatial.logits_of, train=train),
-      pallas=self.implementation == 'pallas',
+      pallas=self._takes_kernels(x),
     )
+
+  @nn.nowrap
+  def _takes_kernels(self, x: jax.Array) -> bool:
+    if self.implementation == 'auto':
+      # A type that varies over a mesh's axes, as in a shard_map, is one that Pallas cannot check.
+      varies = getattr(jax.typeof(x), 'vma', ())
+      return jax.default_backend() == 'gpu' and x.size > 0 and not varies
+    return self.implementation == 'pallas'

@@ -8,7 +8,7 @@ but `x`, which the batch norm keeps anyway, and the block's output, which the ne
 
 Maxima carry the positions of their elements (see `cbam_jax.layers.max_over_axis`). The passes
 write the map in different ways on purpose: XLA would compute a common expression once and store it.
-With `pallas`, the pools of the forward pass are the kernels of `cbam_jax.attention.kernels`.
+With `pallas`, what is reduced are the kernels of `cbam_jax.attention.kernels`.
 
 Shapes: `x` is (N, P, C) with P positions; `scale` and `offset` (N, 1, C), before the channel gate
 also (1, 1, C).
@@ -47,7 +47,7 @@ def refine_and_add(
     shortcut: Like `x`.
     channel_logits: From the average and the maximum over positions, both (N, C), to (N, C).
     spatial_logits: From the maximum and the mean over channels, both (N, *spatial, 1), to the same.
-    pallas: Whether the pools are Pallas kernels.
+    pallas: Whether reductions are Pallas kernels.
 
   Returns:
     An array of the shape and type of `shortcut`.
@@ -58,22 +58,31 @@ def refine_and_add(
   average, peak = channel_pools(flat, scale, offset, pallas)
   gate = nn.sigmoid(channel_logits(average, peak))[:, None]
   scale, offset = scale * gate, offset * gate
-  peak, mean, flat = spatial_pools(flat, scale, offset, pallas)
-  maps = (n, *spatial, 1)
-  gate = nn.sigmoid(spatial_logits(peak.reshape(maps), mean.reshape(maps)))
+  peak, mean, flat, slot = spatial_pools(flat, scale, offset, pallas)
+  peak, mean, slot = (v.reshape(n, *spatial, 1) for v in (peak, mean, slot))
+  gate = nn.sigmoid(spatial_logits(peak, mean))
   scale, offset = (lax.expand_dims(v[:, 0], range(1, x.ndim - 1)) for v in (scale, offset))
-  return gate_and_add(flat.reshape(x.shape), scale, offset, gate, shortcut)
+  return gate_and_add(flat.reshape(x.shape), scale, offset, gate, shortcut, slot)
 
 
 def _wide(x: jax.Array) -> jax.Array:
   return x.astype(at_least_float32(x.dtype))
 
 
-def _kernels() -> Any:
+def _reduced(pallas: bool, name: str, definition: Callable[..., Any], *inputs: jax.Array) -> Any:
+  """By the kernel of that name, or as its definition says, which also is its derivative."""
+  if not pallas:
+    return definition(*inputs)
   # Imported when they are asked for: Pallas takes a while, and no other implementation needs it.
   from cbam_jax.attention import kernels
 
-  return kernels
+  kernel = jax.custom_jvp(getattr(kernels, name))
+
+  @kernel.defjvp
+  def derivative(primals: Any, tangents: Any) -> Any:
+    return kernel(*primals), jax.jvp(definition, primals, tangents)[1]
+
+  return kernel(*inputs)
 
 
 # ------------------------------------------------------------------------ pools over positions
@@ -108,14 +117,15 @@ def _mapped(
 
 
 def _channel_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool) -> Any:
-  values, sign = _wide(x), jnp.sign(scale)
-  if pallas:
-    average, peak, position = _kernels().over_positions(x, sign)
-  else:
-    average = jnp.mean(values, 1)
-    peak, position = _peak(values, sign, jnp.zeros_like(sign), 1)
-  extreme = _extreme(peak, values, sign)
+  sign = jnp.sign(scale)
+  average, peak, position = _reduced(pallas, 'over_positions', _over_positions, x, sign)
+  extreme = _extreme(peak, _wide(x), sign)
   return _mapped(average, extreme, scale, offset), (x, scale, average, extreme, position)
+
+
+def _over_positions(x: jax.Array, sign: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  values = _wide(x)
+  return jnp.mean(values, 1), *_peak(values, sign, jnp.zeros_like(sign), 1)
 
 
 def _channel_pools_backward(pallas: bool, residuals: Any, cotangents: Any) -> Any:
@@ -147,16 +157,18 @@ def _reduced_like(gradient: jax.Array, vector: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def spatial_pools(
   x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The maximum and the mean of `x * scale + offset` over channels, both (N, P); and `x`.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """The maximum and the mean of `x * scale + offset` over channels, both (N, P); `x`; and zeros.
 
-  The cotangent of this `x` is not its own but that of `x * scale + offset`, as `gate_and_add` gives
-  it: so all that goes back to `scale` and `offset` is summed in one pass.
+  What `gate_and_add` gives back for the latter two is not their cotangents: it is the cotangent of
+  the gated sum, for `x`, and the gate, (N, P), for the zeros. Their product is the cotangent of
+  `x * scale + offset`, so that all that goes back to `scale` and `offset` is summed in one pass.
   """
   if pallas:
     return _spatial_pools_forward(x, scale, offset, pallas)[0]
   values = _wide(x)
-  return jnp.max(values * scale + offset, 2), _mean(values, scale, offset), x
+  mean = _mean(values, scale, offset)
+  return jnp.max(values * scale + offset, 2), mean, x, jnp.zeros_like(mean)
 
 
 def _mean(x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
@@ -170,24 +182,37 @@ def _dot(x: jax.Array, vector: jax.Array) -> jax.Array:
 
 
 def _spatial_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool) -> Any:
-  if pallas:
-    mean, peak, position = _kernels().over_channels(x, scale, offset)
-  else:
-    values = _wide(x)
-    peak, position = _peak(values, scale, offset, 2)
-    mean = _mean(values, scale, offset)
-  return (peak, mean, x), (x, scale, position)
+  mean, peak, channel = _reduced(pallas, 'over_channels', _over_channels, x, scale, offset)
+  return (peak, mean, x, jnp.zeros_like(mean)), (x, scale, channel)
+
+
+def _over_channels(
+  x: jax.Array, scale: jax.Array, offset: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  values = _wide(x)
+  return _mean(values, scale, offset), *_peak(values, scale, offset, 2)
 
 
 def _spatial_pools_backward(pallas: bool, residuals: Any, cotangents: Any) -> Any:
-  del pallas
-  x, scale, position = residuals
-  d_peak, d_mean, dy = cotangents
-  here = lax.broadcasted_iota(position.dtype, x.shape, 2) == position[..., None]
-  dy = _wide(dy) + (d_mean / x.shape[2])[..., None] + jnp.where(here, d_peak[..., None], 0)
-  d_scale = jnp.sum(dy * x, 1, keepdims=True)
-  d_offset = jnp.sum(dy, 1, keepdims=True)
-  return (dy * scale).astype(x.dtype), d_scale, d_offset
+  x, scale, channel = residuals
+  d_peak, d_mean, du, gate = cotangents
+  inputs = x, du, gate, d_mean / x.shape[2], d_peak, channel
+  sums = _reduced(pallas, 'gradient_sums', _gradient_sums, *inputs)
+  d_scale, d_offset = (v[:, None] for v in sums)
+  return (_gradient(*inputs[1:]) * scale).astype(x.dtype), d_scale, d_offset
+
+
+def _gradient(
+  du: jax.Array, gate: jax.Array, d_mean: jax.Array, d_peak: jax.Array, channel: jax.Array
+) -> jax.Array:
+  """What goes back to `x * scale + offset`."""
+  here = lax.broadcasted_iota(channel.dtype, du.shape, 2) == channel[..., None]
+  return du * gate[..., None] + d_mean[..., None] + jnp.where(here, d_peak[..., None], 0)
+
+
+def _gradient_sums(x: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+  dy = _gradient(*inputs)
+  return jnp.sum(dy * x, 1), jnp.sum(dy, 1)
 
 
 spatial_pools.defvjp(_spatial_pools_forward, _spatial_pools_backward)
@@ -197,16 +222,22 @@ spatial_pools.defvjp(_spatial_pools_forward, _spatial_pools_backward)
 
 @jax.custom_vjp
 def gate_and_add(
-  x: jax.Array, scale: jax.Array, offset: jax.Array, gate: jax.Array, shortcut: jax.Array
+  x: jax.Array,
+  scale: jax.Array,
+  offset: jax.Array,
+  gate: jax.Array,
+  shortcut: jax.Array,
+  slot: jax.Array,
 ) -> jax.Array:
   """`relu((x * scale + offset) * gate + shortcut)`.
 
   Here alone positions are not one axis: `x` is (N, *spatial, C), `scale` and `offset`
-  (N, 1, ..., C), `gate` (N, *spatial, 1).
+  (N, 1, ..., C), `gate` and `slot` (N, *spatial, 1).
 
-  The cotangent of `x` is that of `x * scale + offset`, and `scale` and `offset` have none: see
-  `spatial_pools`.
+  What goes back for `x` and `slot` is told at `spatial_pools`; `scale` and `offset` have no
+  cotangent here.
   """
+  del slot
   return _gate_and_add(x, scale, offset, gate, shortcut)
 
 
@@ -214,31 +245,28 @@ def _gate_and_add(
   x: jax.Array, scale: jax.Array, offset: jax.Array, gate: jax.Array, shortcut: jax.Array
 ) -> jax.Array:
   total = _wide(x) * (scale * gate) + (offset * gate + shortcut)
-  return nn.relu(total).astype(shortcut.dtype)
+  # The barrier keeps XLA from keeping the wider sum as well, to spare the next block a rounding.
+  return lax.optimization_barrier(nn.relu(total).astype(shortcut.dtype))
 
 
 def _gate_and_add_forward(*inputs: jax.Array) -> Any:
   # Not by `gate_and_add`, whose cotangents are no derivatives: a second derivative comes by here.
-  out = _gate_and_add(*inputs)
-  x, scale, offset, gate, _ = inputs
+  x, scale, offset, gate, shortcut, _ = inputs
+  out = _gate_and_add(x, scale, offset, gate, shortcut)
   return out, (x, scale, offset, gate, out)
 
 
 def _gate_and_add_backward(residuals: Any, d_out: jax.Array) -> Any:
   x, scale, offset, gate, out = residuals
-  du = jnp.where(out > 0, d_out, 0)
+  # Not `out > 0`, which XLA would ask of the sum before the ReLU, and keep that too.
+  du = jnp.where(out != 0, d_out, 0)
   wide = _wide(du)
   n, *_, c = x.shape
   flat = (n, -1, c)
   d_gate = _dot((wide * x).reshape(flat), scale.reshape(flat))
   d_gate += _dot(wide.reshape(flat), offset.reshape(flat))
-  return (
-    (wide * gate).astype(x.dtype),
-    jnp.zeros_like(scale),
-    jnp.zeros_like(offset),
-    d_gate.reshape(gate.shape),
-    du,
-  )
+  none = jnp.zeros_like(scale), jnp.zeros_like(offset)
+  return du.astype(x.dtype), *none, d_gate.reshape(gate.shape), du, gate
 
 
 gate_and_add.defvjp(_gate_and_add_forward, _gate_and_add_backward)

@@ -1,13 +1,15 @@
-"""CBAM's pools as Pallas kernels: what `cbam_jax.attention.fused` needs of a pass, in one read.
+"""CBAM's reductions as Pallas kernels: what `cbam_jax.attention.fused` needs, each in one read.
 
 XLA takes a mean, a maximum and its position in reductions of different shapes, and reads the
 features again for each. Here one kernel reads a tile once and keeps all three.
 
-A TPU's kernel holds its whole tile in vector memory. A GPU's walks over the tile in chunks whose
-sides are powers of two, as Triton wants them, and masks what sticks out. Elsewhere the kernels are
-interpreted, which is slow and serves the tests.
+A GPU's kernel walks over its tile in chunks whose sides are powers of two, as Triton wants them,
+and masks what sticks out; each element of a chunk keeps its own sum and maximum, and these meet
+after the last chunk. A TPU's kernel holds its whole tile in vector memory. Elsewhere the kernels
+are interpreted, which is slow and serves the tests.
 
-Shapes: `x` is (N, P, C) with P positions; what belongs to channels is (N or 1, 1, C).
+Shapes: `x` is (N, P, C) with P positions; what belongs to channels is (N or 1, 1, C), what belongs
+to positions (N, P).
 """
 
 from __future__ import annotations
@@ -26,15 +28,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cbam_jax.layers import at_least_float32
 
-# Positions and channels that a GPU's kernel has in registers at a time.
-GPU_CHUNK = (32, 64)
+# Positions and channels that a GPU's kernel has in registers at a time: the fastest of ten on an
+# H200.
+GPU_POSITIONS, GPU_GRADIENT, GPU_CHANNELS = (16, 128), (32, 128), (32, 64)
 # Channels of a TPU's tile (its lanes), and positions of one that is pooled over channels.
 TPU_CHANNELS, TPU_POSITIONS = 128, 256
 
-Three = tuple[jax.Array, jax.Array, jax.Array]
+Arrays = tuple[jax.Array, ...]
 
 
-def over_positions(x: jax.Array, sign: jax.Array) -> Three:
+# ------------------------------------------------------------------------------ over positions
+
+
+def over_positions(x: jax.Array, sign: jax.Array) -> Arrays:
   """Of each channel: the mean of `x`, the maximum of `x * sign`, and the latter's position.
 
   Returns:
@@ -44,45 +50,119 @@ def over_positions(x: jax.Array, sign: jax.Array) -> Three:
   return _on_each_device(_positions_pooled, rule)(x, _for_each_example(sign, x))
 
 
-def _positions_pooled(x: jax.Array, sign: jax.Array) -> Three:
-  n, p, c = x.shape
-  outputs = [((n, 1, c), dtype) for dtype in _dtypes(x)]
-
-  def run(channels: int, chunk: int, **options: Any) -> list[jax.Array]:
-    vector = pl.BlockSpec((None, 1, channels), lambda i, j: (i, 0, j))
-    return pl.pallas_call(
-      functools.partial(_over_positions, positions=p, chunk=chunk),
-      out_shape=[jax.ShapeDtypeStruct(*output) for output in outputs],
-      grid=(n, c // channels),
-      in_specs=[pl.BlockSpec((None, p, channels), lambda i, j: (i, 0, j)), vector],
-      out_specs=[vector] * 3,
-      name='cbam_pools_over_positions',
-      **options,
-    )(x, sign)
-
-  channels = TPU_CHANNELS if c % TPU_CHANNELS == 0 else c
-  total, peak, position = _on_each_platform(
-    tpu=functools.partial(run, channels, p),
-    gpu=functools.partial(run, _power_of_two(c, GPU_CHUNK[1]), GPU_CHUNK[0]),
+def _positions_pooled(x: jax.Array, sign: jax.Array) -> Arrays:
+  total, peak, position = _for_each_channel(
+    _pool_positions, _dtypes(x), x, sign, gpu_chunk=GPU_POSITIONS
   )
-  return total[:, 0] / p, peak[:, 0], position[:, 0]
+  return total / x.shape[1], peak, position
 
 
-def _over_positions(x_ref: Any, sign_ref: Any, *outputs: Any, positions: int, chunk: int) -> None:
+def _pool_positions(x_ref: Any, sign_ref: Any, *outputs: Any, positions: int, chunk: int) -> None:
   sign = sign_ref[...]
   rows = lax.broadcasted_iota(jnp.int32, (chunk, sign.shape[1]), 0)
 
-  def look(start: Any, carry: Three) -> Three:
-    inside = None if positions % chunk == 0 else start + rows < positions
-    x = _read(x_ref.at[pl.ds(start, chunk)], inside).astype(outputs[0].dtype)
-    values = x * sign if inside is None else jnp.where(inside, x * sign, -jnp.inf)
-    return _keep(carry, x, values, start, 0)
+  def look(start: Any, carry: Arrays) -> Arrays:
+    total, *highest = carry
+    x = _positions_of(x_ref, start, chunk).astype(sign.dtype)
+    values = x * sign
+    if positions % chunk:
+      values = jnp.where(start + rows < positions, values, -jnp.inf)
+    return total + x, *_higher(highest, values, start + rows)
 
-  for ref, found in zip(outputs, _walk(positions, chunk, look, sign.shape, outputs), strict=True):
-    ref[...] = found
+  total, *highest = _walk(positions, chunk, look, _nothing(rows.shape, outputs))
+  outputs[0][...] = jnp.sum(total, 0, keepdims=True)
+  outputs[1][...], outputs[2][...] = _first_of_equals(highest, 0, positions)
 
 
-def over_channels(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Three:
+def gradient_sums(
+  x: jax.Array,
+  du: jax.Array,
+  gate: jax.Array,
+  d_mean: jax.Array,
+  d_peak: jax.Array,
+  channel: jax.Array,
+) -> Arrays:
+  """Sums over positions of `dy * x` and of `dy = du * gate + d_mean + (d_peak in its channel)`.
+
+  Args:
+    x: (N, P, C).
+    du: Likewise.
+    gate: (N, P), as are all that follow.
+    d_mean: What each channel of a position gets.
+    d_peak: What one channel of a position gets.
+    channel: Which one, int32.
+
+  Returns:
+    Two arrays (N, C).
+  """
+  rule = 'n p c, n p c, n p, n p, n p, n p -> n c, n c'
+  return _on_each_device(_gradient_summed, rule)(x, du, gate, d_mean, d_peak, channel)
+
+
+def _gradient_summed(x: jax.Array, du: jax.Array, *maps: jax.Array) -> Arrays:
+  maps = tuple(v[..., None] for v in maps)
+  return _for_each_channel(
+    _sum_gradient, _dtypes(x)[:1] * 2, x, du, *maps, gpu_chunk=GPU_GRADIENT, walks=True
+  )
+
+
+def _sum_gradient(*refs: Any, positions: int, chunk: int) -> None:
+  *inputs, dyx_ref, dy_ref = refs
+  shape = chunk, dy_ref.shape[1]
+  columns = pl.program_id(1) * shape[1] + lax.broadcasted_iota(jnp.int32, shape, 1)
+
+  def look(start: Any, carry: Arrays) -> Arrays:
+    x, du, gate, d_mean, d_peak, channel = (_positions_of(ref, start, chunk) for ref in inputs)
+    dy = du * gate + d_mean + jnp.where(columns == channel, d_peak, 0)
+    return carry[0] + dy * x, carry[1] + dy
+
+  sums = _walk(positions, chunk, look, (jnp.zeros(shape, dy_ref.dtype),) * 2)
+  for ref, found in zip((dyx_ref, dy_ref), sums, strict=True):
+    ref[...] = jnp.sum(found, 0, keepdims=True)
+
+
+def _for_each_channel(
+  kernel: Callable[..., None],
+  dtypes: Any,
+  *inputs: jax.Array,
+  gpu_chunk: tuple[int, int],
+  walks: bool = False,
+) -> Arrays:
+  """Runs a kernel that keeps (1, channels) of all positions, from features, maps and vectors.
+
+  If it `walks`, then on a TPU too: maps fill a lane each there, too many to hold.
+  """
+  n, p, c = inputs[0].shape
+
+  def run(channels: int, chunk: int, **options: Any) -> Any:
+    def block(rows: int, columns: int) -> pl.BlockSpec:
+      across = columns > 1
+      return pl.BlockSpec(
+        (None, rows, channels if across else 1), lambda i, j: (i, 0, j if across else 0)
+      )
+
+    return pl.pallas_call(
+      functools.partial(kernel, positions=p, chunk=chunk),
+      out_shape=[jax.ShapeDtypeStruct((n, 1, c), dtype) for dtype in dtypes],
+      grid=(n, c // channels),
+      in_specs=[block(*v.shape[1:]) for v in inputs],
+      out_specs=[block(1, c)] * len(dtypes),
+      name=f'cbam{kernel.__name__}',
+      **options,
+    )(*inputs)
+
+  tpu_chunk = next(k for k in range(min(p, TPU_POSITIONS), 0, -1) if p % k == 0) if walks else p
+  outputs = _on_each_platform(
+    tpu=functools.partial(run, TPU_CHANNELS if c % TPU_CHANNELS == 0 else c, tpu_chunk),
+    gpu=functools.partial(run, _power_of_two(c, gpu_chunk[1]), gpu_chunk[0]),
+  )
+  return tuple(output[:, 0] for output in outputs)
+
+
+# ------------------------------------------------------------------------------- over channels
+
+
+def over_channels(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Arrays:
   """Of each position, over channels of `x * scale + offset`: mean, maximum, the latter's channel.
 
   Returns:
@@ -93,19 +173,19 @@ def over_channels(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Three:
   return _on_each_device(_channels_pooled, rule)(x, *vectors)
 
 
-def _channels_pooled(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Three:
+def _channels_pooled(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Arrays:
   n, p, c = x.shape
   outputs = [((n, p, 1), dtype) for dtype in _dtypes(x)]
 
-  def run(rows: int, chunk: int, masked: bool = False, **options: Any) -> list[jax.Array]:
+  def run(rows: int, chunk: int, masked: bool = False, **options: Any) -> Any:
     vector = pl.BlockSpec((None, 1, c), lambda i, j: (i, 0, 0))
     return pl.pallas_call(
-      functools.partial(_over_channels, positions=p, channels=c, chunk=chunk, masked=masked),
+      functools.partial(_pool_channels, positions=p, channels=c, chunk=chunk, masked=masked),
       out_shape=[jax.ShapeDtypeStruct(*output) for output in outputs],
       grid=(n, pl.cdiv(p, rows)),
       in_specs=[pl.BlockSpec((None, rows, c), lambda i, j: (i, j, 0)), vector, vector],
       out_specs=[pl.BlockSpec((None, rows, 1), lambda i, j: (i, j, 0))] * 3,
-      name='cbam_pools_over_channels',
+      name='cbam_pool_channels',
       **options,
     )(x, scale, offset)
 
@@ -114,30 +194,33 @@ def _channels_pooled(x: jax.Array, scale: jax.Array, offset: jax.Array) -> Three
     tpu=functools.partial(run, rows, c),
     # What sticks out of a TPU's last tile is never written; a GPU must not touch it.
     gpu=functools.partial(
-      run, GPU_CHUNK[0], _power_of_two(c, GPU_CHUNK[1]), masked=p % GPU_CHUNK[0] > 0
+      run, GPU_CHANNELS[0], _power_of_two(c, GPU_CHANNELS[1]), masked=p % GPU_CHANNELS[0] > 0
     ),
   )
   return total[..., 0] / c, peak[..., 0], position[..., 0]
 
 
-def _over_channels(
+def _pool_channels(
   x_ref: Any, scale_ref: Any, offset_ref: Any, *outputs: Any,
   positions: int, channels: int, chunk: int, masked: bool,
 ) -> None:  # fmt: skip
-  rows = x_ref.shape[0]
-  left = positions - pl.program_id(1) * rows
+  shape = x_ref.shape[0], chunk
+  left = positions - pl.program_id(1) * shape[0]
 
   def inside(columns: int) -> jax.Array | None:
-    shape = (rows, columns)
-    return lax.broadcasted_iota(jnp.int32, shape, 0) < left if masked else None
+    rows = lax.broadcasted_iota(jnp.int32, (shape[0], columns), 0)
+    return rows < left if masked else None
 
-  def look(start: Any, carry: Three) -> Three:
+  def look(start: Any, carry: Arrays) -> Arrays:
+    total, *highest = carry
     columns = pl.ds(start, chunk)
-    x = _read(x_ref.at[:, columns], inside(chunk)).astype(outputs[0].dtype)
+    x = _read(x_ref.at[:, columns], inside(chunk)).astype(total.dtype)
     values = x * scale_ref[:, columns] + offset_ref[:, columns]
-    return _keep(carry, values, values, start, 1)
+    places = start + lax.broadcasted_iota(jnp.int32, shape, 1)
+    return total + values, *_higher(highest, values, places)
 
-  found = _walk(channels, chunk, look, (rows, 1), outputs)
+  total, *highest = _walk(channels, chunk, look, _nothing(shape, outputs))
+  found = jnp.sum(total, 1, keepdims=True), *_first_of_equals(highest, 1, channels)
   for ref, value in zip(outputs, found, strict=True):
     if masked:
       triton.store(ref, value, mask=inside(1))
@@ -145,14 +228,67 @@ def _over_channels(
       ref[...] = value
 
 
-# ------------------------------------------------------------------- what both kernels share
+# ---------------------------------------------------------------------------- what kernels share
+
+
+def _dtypes(x: jax.Array) -> tuple[Any, ...]:
+  """Of a sum, a maximum and its position."""
+  dtype = at_least_float32(x.dtype)
+  return dtype, dtype, jnp.int32
+
+
+def _nothing(shape: tuple[int, ...], outputs: Any) -> Arrays:
+  """Sum, maximum and position before the first chunk."""
+  total, peak, position = (jnp.zeros(shape, ref.dtype) for ref in outputs)
+  return total, jnp.full_like(peak, -jnp.inf), position
+
+
+def _walk(size: int, chunk: int, look: Callable[[Any, Arrays], Arrays], carry: Arrays) -> Arrays:
+  """`look` from every chunk's start on."""
+  if chunk >= size:
+    return look(0, carry)
+  return lax.fori_loop(0, pl.cdiv(size, chunk), lambda i, carry: look(i * chunk, carry), carry)
+
+
+def _positions_of(ref: Any, start: Any, chunk: int) -> jax.Array:
+  """A chunk of positions, zero beyond the last."""
+  positions, columns = ref.shape
+  inside = None
+  if positions % chunk:
+    inside = start + lax.broadcasted_iota(jnp.int32, (chunk, columns), 0) < positions
+  return _read(ref.at[pl.ds(start, chunk)], inside)
+
+
+def _read(ref: Any, inside: jax.Array | None) -> jax.Array:
+  return ref[...] if inside is None else triton.load(ref, mask=inside, other=0)
+
+
+def _higher(highest: Any, values: jax.Array, places: jax.Array) -> Arrays:
+  """Maximum and place, with further values looked at; the first of equals stays."""
+  peak, place = highest
+  return jnp.maximum(peak, values), jnp.where(values > peak, places, place)
+
+
+def _first_of_equals(highest: Any, axis: int, size: int) -> Arrays:
+  """Maximum and place along `axis`."""
+  peaks, places = highest
+  peak = jnp.max(peaks, axis, keepdims=True)
+  return peak, jnp.min(jnp.where(peaks == peak, places, size - 1), axis, keepdims=True)
+
+
+def _power_of_two(size: int, most: int) -> int:
+  """The largest power of two that divides `size`, up to `most`."""
+  return min(size & -size, most)
+
+
+# ------------------------------------------------------------------- where and on what they run
 
 
 def _for_each_example(vector: jax.Array, x: jax.Array) -> jax.Array:
   return jnp.broadcast_to(vector, (x.shape[0], *vector.shape[1:]))
 
 
-def _on_each_device(pools: Callable[..., Three], rule: str) -> Callable[..., Three]:
+def _on_each_device(pools: Callable[..., Arrays], rule: str) -> Callable[..., Arrays]:
   """`pools`, whose examples stand alone, on each device's own ones.
 
   Neither the compiler's partitioner nor `vmap`, whose axis joins the examples, can look into a
@@ -164,9 +300,8 @@ def _on_each_device(pools: Callable[..., Three], rule: str) -> Callable[..., Thr
     return mesh, pools, (examples,) * len(results), (examples,) * len(arguments)
 
   partitioned = custom_partitioning(pools)
-  partitioned.def_partition(
-    partition=partition, sharding_rule=rule, need_replication_factors=('p', 'c', 'one')
-  )
+  whole = tuple(factor for factor in ('p', 'c', 'one') if factor in rule)
+  partitioned.def_partition(partition=partition, sharding_rule=rule, need_replication_factors=whole)
   run = jax.custom_batching.custom_vmap(partitioned)
 
   @run.def_vmap
@@ -176,51 +311,14 @@ def _on_each_device(pools: Callable[..., Three], rule: str) -> Callable[..., Thr
       for array, is_batched in zip(arrays, batched, strict=True)
     )
     outputs = run(*(array.reshape(-1, *array.shape[2:]) for array in stacked))
-    return tuple(output.reshape(size, -1, output.shape[1]) for output in outputs), (True,) * 3
+    outputs = tuple(output.reshape(size, -1, output.shape[1]) for output in outputs)
+    return outputs, (True,) * len(outputs)
 
   return run
-
-
-def _dtypes(x: jax.Array) -> tuple[Any, ...]:
-  """Of a sum, a maximum and its position."""
-  dtype = at_least_float32(x.dtype)
-  return dtype, dtype, jnp.int32
 
 
 def _on_each_platform(tpu: Callable[..., Any], gpu: Callable[..., Any]) -> Any:
   by_triton = functools.partial(gpu, compiler_params=triton.CompilerParams())
   return lax.platform_dependent(
     tpu=tpu, cuda=by_triton, rocm=by_triton, default=functools.partial(tpu, interpret=True)
-  )
-
-
-def _power_of_two(size: int, most: int) -> int:
-  """The largest power of two that divides `size`, up to `most`."""
-  return min(size & -size, most)
-
-
-def _read(ref: Any, inside: jax.Array | None) -> jax.Array:
-  return ref[...] if inside is None else triton.load(ref, mask=inside, other=0)
-
-
-def _walk(
-  size: int, chunk: int, look: Callable[[Any, Three], Three], shape: tuple[int, ...], outputs: Any
-) -> Three:
-  """`look` from every chunk's start on, from nothing: a sum, a maximum, its position."""
-  total, peak, position = (jnp.zeros(shape, ref.dtype) for ref in outputs)
-  nothing = total, jnp.full_like(peak, -jnp.inf), position
-  if chunk >= size:
-    return look(0, nothing)
-  return lax.fori_loop(0, pl.cdiv(size, chunk), lambda i, carry: look(i * chunk, carry), nothing)
-
-
-def _keep(carry: Three, x: jax.Array, values: jax.Array, start: Any, axis: int) -> Three:
-  """`carry` with a further chunk: `x` to sum, and `values` to find the maximum of."""
-  total, peak, position = carry
-  here = jnp.max(values, axis, keepdims=True)
-  place = start + jnp.expand_dims(lax.argmax(values, axis, jnp.int32), axis)
-  return (
-    total + jnp.sum(x, axis, keepdims=True),
-    jnp.maximum(peak, here),
-    jnp.where(here > peak, place, position),
   )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -20,6 +21,7 @@ import numpy as np
 from jax import export
 from jax.extend.core import jaxpr_as_fun
 
+from cbam_jax.attention import CBAM
 from cbam_jax.errors import RunError, UserError, first_line, require
 from cbam_jax.files import whole_file
 from cbam_jax.models.base import Classifier
@@ -197,10 +199,15 @@ def _traceable(
 
 def _portable(model: Classifier) -> Classifier:
   """The network without kernels of Pallas, each of which is of one platform alone."""
-  attention = model.attention
-  if attention is None or getattr(attention(name='any'), 'implementation', None) != 'pallas':
+  if model.attention is None:
     return model
-  return model.clone(attention=functools.partial(attention, implementation='xla'))
+  made = model.attention(name='any')
+  if type(made) is not CBAM or not made.fusible or made.implementation == 'plain':
+    return model
+  fields = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+  del fields['parent'], fields['name']
+  attention = functools.partial(CBAM, **{**fields, 'implementation': 'xla'})
+  return model.clone(attention=attention)
 
 
 def _tolerance(told: float | None, model: Classifier) -> float:

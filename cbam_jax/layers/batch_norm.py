@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -58,11 +59,13 @@ class BatchNorm(nn.Module):
     return (x.astype(scale.dtype) * scale + offset).astype(self.dtype or x.dtype)
 
   @nn.compact
-  def affine(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+  def affine(
+    self, x: jax.Array | jax.ShapeDtypeStruct, *, train: bool
+  ) -> tuple[jax.Array, jax.Array]:
     """The map that normalises `x`, for those who apply it as they read `x` for something else.
 
     Args:
-      x: Features (N, ..., C).
+      x: Features (N, ..., C), or, when not in training, their shape and type.
       train: Whether to use (and record) the batch's own statistics or the running ones.
 
     Returns:
@@ -80,45 +83,49 @@ class BatchNorm(nn.Module):
     running_var = self.variable('batch_stats', 'var', jnp.ones, (channels,), stats_dtype)
 
     dtype = at_least_float32(self.dtype or x.dtype)
-    grouped = self._split(x.astype(dtype), train)
 
     def per_channel(vector: jax.Array) -> jax.Array:
-      return lax.expand_dims(vector.astype(dtype), range(grouped.ndim - 1))
+      return lax.expand_dims(vector.astype(dtype), range(x.ndim - 1))
 
     if train:
-      axes = tuple(range(1, grouped.ndim - 1))
-      mean = jnp.mean(grouped, axes, keepdims=True)
-      # One pass over the features: both sums fuse, where E[(x - mean)^2] would read them again.
-      var = jnp.mean(lax.square(grouped), axes, keepdims=True) - lax.square(mean)
-      var = jnp.maximum(var, 0)
-      if not self.is_initializing():
-        count = math.prod(grouped.shape[1:-1])
-        self._record(running_mean, mean)
-        self._record(running_var, var * (count / (count - 1)))
+      features = cast(jax.Array, x).astype(dtype)
+      mean, var = self._statistics(features, running_mean, running_var)
     else:
       mean, var = per_channel(running_mean.value), per_channel(running_var.value)
-
     factor = lax.rsqrt(var + self.epsilon) * per_channel(scale)
-    offset = per_channel(bias) - mean * factor
+    return factor, per_channel(bias) - mean * factor
+
+  def _statistics(
+    self, x: jax.Array, running_mean: nn.Variable[jax.Array], running_var: nn.Variable[jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of the batch, (1, 1, ..., C), or with groups (N, 1, ..., C)."""
+    grouped = self._split(x)
+    axes = tuple(range(1, grouped.ndim - 1))
+    mean = jnp.mean(grouped, axes, keepdims=True)
+    # One pass over the features: both sums fuse, where E[(x - mean)^2] would read them again.
+    var = jnp.mean(lax.square(grouped), axes, keepdims=True) - lax.square(mean)
+    var = jnp.maximum(var, 0)
+    if not self.is_initializing():
+      count = math.prod(grouped.shape[1:-1])
+      self._record(running_mean, mean)
+      self._record(running_var, var * (count / (count - 1)))
 
     def per_example(vector: jax.Array) -> jax.Array:
       vector = vector.reshape(vector.shape[0], *vector.shape[2:])
       return vector if len(vector) == 1 else jnp.repeat(vector, grouped.shape[1], 0)
 
-    return per_example(factor), per_example(offset)
+    return per_example(mean), per_example(var)
 
-  def _split(self, x: jax.Array, train: bool) -> jax.Array:
+  def _split(self, x: jax.Array) -> jax.Array:
     """The batch as (groups, examples of a group, ..., C)."""
-    size = self.group_size
-    if not train or self.is_initializing():
-      size = None
-    elif size is not None and (size < 1 or x.shape[0] % size):
+    size = None if self.is_initializing() else self.group_size
+    if size is not None and (size < 1 or x.shape[0] % size):
       raise UserError(
         f'group_size={size} does not divide the batch of {x.shape[0]}; choose a divisor of the '
         'global batch size, or None to normalise over all of it.'
       )
     grouped = x.reshape(1 if size is None else x.shape[0] // size, -1, *x.shape[1:])
-    if train and not self.is_initializing() and math.prod(grouped.shape[1:-1]) == 1:
+    if not self.is_initializing() and math.prod(grouped.shape[1:-1]) == 1:
       raise UserError(
         f'batch norm in training got one value a channel (input {x.shape}, group_size={size}); '
         'a variance needs two. Use a larger batch or larger images.'

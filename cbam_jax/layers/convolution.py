@@ -1,4 +1,4 @@
-"""Convolution with PyTorch's symmetric padding; a 1x1 one runs as a matrix product."""
+"""Convolution with PyTorch's symmetric padding, and with the batch norm after it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbam_jax.layers import few_channels
+from cbam_jax.layers.batch_norm import BatchNorm
 from cbam_jax.layers.dtypes import Dtype
 
 # PyTorch's kaiming_normal_(mode='fan_out') for a ReLU, the paper authors' choice.
@@ -44,24 +46,74 @@ class Conv(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Convolves `x` (N, *spatial, C) to (N, *spatial / strides, features)."""
+  def __call__(
+    self, x: jax.Array, norm: BatchNorm | None = None, *, train: bool = False
+  ) -> jax.Array:
+    """Convolves `x`, then normalises if a batch norm is given.
+
+    At inference on a GPU the norm's factor goes into the kernel, and what is left of the norm is a
+    bias, which cuDNN adds inside the convolution, as it does the ReLU after it.
+
+    Args:
+      x: Features (N, *spatial, C).
+      norm: A batch norm of the result.
+      train: Whether the norm uses (and records) the batch's statistics.
+
+    Returns:
+      Features (N, *spatial / strides, features).
+    """
     shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
     kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
-    dtype = self.dtype or x.dtype
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-
-    if self.groups == 1 and all(size == 1 for size in self.kernel_size):
-      y = self._pointwise(x, kernel)
-    else:
-      y = self._convolve(x, kernel)
+    bias = None
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,), self.param_dtype)
-      y = y + lax.expand_dims(bias.astype(dtype), range(y.ndim - 1))
-    return y
+    dtype = self.dtype or x.dtype
+    x = x.astype(dtype)
+    if norm is None:
+      return self._biased(x, kernel, bias)
+    if train or self.is_initializing():
+      return norm(self._biased(x, kernel, bias), train=train)
+    features = jax.ShapeDtypeStruct((*x.shape[:-1], self.features), dtype)
+    scale, offset = norm.affine(features, train=False)
+    if bias is not None:
+      offset += lax.expand_dims(bias, range(x.ndim - 1)) * scale
+    y = lax.platform_dependent(
+      x, kernel, scale, offset, cuda=self._mapped_inside, default=self._then_mapped
+    )
+    return y.astype(norm.dtype or dtype)
+
+  def _biased(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    y = self._convolved(x, kernel.astype(x.dtype))
+    return y if bias is None else y + lax.expand_dims(bias.astype(x.dtype), range(y.ndim - 1))
+
+  def _then_mapped(
+    self, x: jax.Array, kernel: jax.Array, scale: jax.Array, offset: jax.Array
+  ) -> jax.Array:
+    y = self._convolved(x, kernel.astype(x.dtype))
+    return (y.astype(scale.dtype) * scale + offset).astype(x.dtype)
+
+  def _mapped_inside(
+    self, x: jax.Array, kernel: jax.Array, scale: jax.Array, offset: jax.Array
+  ) -> jax.Array:
+    kernel = (kernel * scale).astype(x.dtype)
+    return self._convolved(x, kernel) + offset.astype(x.dtype)
+
+  def _convolved(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if self.groups == 1 and all(size == 1 for size in self.kernel_size):
+      # XLA's CPU convolution runs a 1x1 several times slower than the same matrix product. On a GPU
+      # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
+      return lax.platform_dependent(x, kernel, cpu=self._pointwise, default=self._convolve)
+    if self.groups == self.dilation == 1 and x.ndim == 4 and x.shape[-1] <= few_channels.FEW:
+      if self.strides == 2:
+        cuda = few_channels.space_to_depth
+      elif self.strides == self.features == 1 and x.shape[2] <= few_channels.WIDEST:
+        cuda = few_channels.by_rows
+      else:
+        return self._convolve(x, kernel)
+      return lax.platform_dependent(x, kernel, cuda=cuda, default=self._convolve)
+    return self._convolve(x, kernel)
 
   def _pointwise(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    # XLA's CPU convolution runs a 1x1 several times slower than the same matrix product.
     steps = (slice(None), *(slice(None, None, self.strides) for _ in self.kernel_size))
     return jnp.dot(x[steps], kernel.reshape(kernel.shape[-2:]))
 

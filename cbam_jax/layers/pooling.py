@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
@@ -38,7 +40,7 @@ def _max_over_axis_jvp(
 def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.Array:
   """The maximum over square windows of `x` (N, H, W, C); padding counts as minus infinity.
 
-  Its derivative selects one element of each window, so it is by position already.
+  Its derivative, too, is taken by position; ties go to the first.
 
   Raises:
     UserError: If `x` is smaller than a window, which would leave nothing.
@@ -48,4 +50,37 @@ def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.A
       f'features of {x.shape[1]}x{x.shape[2]} are too small for a pool of {window}x{window}; feed '
       'larger images, such as 32x32 or more for VGG16.'
     )
+  return _max_pool(x, window, strides, padding)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x: jax.Array, window: int, strides: int, padding: int) -> jax.Array:
   return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(
+  window: int, strides: int, padding: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  (x,), (tangent,) = primals, tangents
+  sides = [(size + 2 * padding - window) // strides + 1 for size in x.shape[1:3]]
+
+  def taps(v: jax.Array, beyond: float) -> Iterator[jax.Array]:
+    """What every window holds at each of its places in turn."""
+    around = (padding, padding, 0)
+    v = lax.pad(v, jnp.asarray(beyond, v.dtype), [(0, 0, 0), around, around, (0, 0, 0)])
+    for i, j in itertools.product(range(window), repeat=2):
+      ends = (i + strides * (sides[0] - 1) + 1, j + strides * (sides[1] - 1) + 1)
+      yield lax.slice(v, (0, i, j, 0), (v.shape[0], *ends, v.shape[3]), (1, strides, strides, 1))
+
+  places = taps(x, -jnp.inf)
+  peak = next(places)
+  position = jnp.zeros(peak.shape, jnp.int8)
+  for place, value in enumerate(places, 1):
+    position = jnp.where(value > peak, jnp.int8(place), position)
+    peak = jnp.maximum(peak, value)
+  # A sum over places, whose transpose spreads a cotangent without the scatter of XLA's derivative.
+  picked = jnp.zeros_like(peak)
+  for place, value in enumerate(taps(tangent, 0)):
+    picked += jnp.where(position == place, value, 0)
+  return _max_pool(x, window, strides, padding), picked

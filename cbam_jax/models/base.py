@@ -131,22 +131,30 @@ def run_block(block: nn.Module, x: jax.Array, *, train: bool, remat: bool) -> ja
 
 
 def finish_block(
-  x: jax.Array, norm: Any, attention: LayerFactory | None, shortcut: jax.Array, *, train: bool
+  x: jax.Array,
+  conv: Any,
+  norm: Any,
+  attention: LayerFactory | None,
+  shortcut: jax.Array,
+  *,
+  train: bool,
 ) -> jax.Array:
-  """`relu(attention(norm(x)) + shortcut)`: how every residual block ends.
+  """`relu(attention(norm(conv(x))) + shortcut)`: how every residual block ends.
 
   Args:
-    x: Features before their batch norm.
-    norm: The batch norm.
+    x: Features before the last convolution.
+    conv: The last convolution.
+    norm: Its batch norm.
     attention: Makes the attention; None for none.
-    shortcut: What is added, like `x`.
+    shortcut: What is added, like the convolution's result.
     train: Whether batch norms use (and record) the batch's statistics.
   """
   refine = None if attention is None else attention(name='attention')
   if type(refine) is CBAM and refine.fusible and refine.implementation != 'plain':
+    x = conv(x)
     scale, offset = norm.affine(x, train=train)
     return refine.finish_block(x, scale, offset, shortcut, train=train)
-  x = norm(x, train=train)
+  x = conv(x, norm, train=train)
   if refine is not None:
     x = refine(x, train=train)
   return nn.relu(x + shortcut)

@@ -57,7 +57,7 @@ class Unit(nn.Module):
     conv = self.conv(
       self.features, kernel_size, strides=self.strides, groups=self.groups, name='conv'
     )
-    x = nn.relu(self.norm(name='norm')(conv(x), train=train))
+    x = nn.relu(conv(x, self.norm(name='norm'), train=train))
     if self.attention is not None:
       x = self.attention(name='attention')(x, train=train)
     return x

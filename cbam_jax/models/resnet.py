@@ -35,14 +35,16 @@ class BasicBlock(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Maps `x` (N, H, W, C) to (N, H / strides, W / strides, features)."""
-    y = self.conv(self.features, (3, 3), strides=self.strides, name='conv1')(x)
-    y = nn.relu(self.norm(name='norm1')(y, train=train))
-    y = self.conv(self.features, (3, 3), name='conv2')(y)
+    y = self.conv(self.features, (3, 3), strides=self.strides, name='conv1')(
+      x, self.norm(name='norm1'), train=train
+    )
+    y = nn.relu(y)
+    last = self.conv(self.features, (3, 3), name='conv2'), self.norm(name='norm2')
     if self.strides != 1 or x.shape[-1] != self.features:
       x = Shortcut(self.features, self.strides, self.conv, self.norm, name='shortcut')(
         x, train=train
       )
-    return finish_block(y, self.norm(name='norm2'), self.attention, x, train=train)
+    return finish_block(y, *last, self.attention, x, train=train)
 
 
 class BottleneckBlock(nn.Module):
@@ -73,16 +75,19 @@ class BottleneckBlock(nn.Module):
     """Maps `x` (N, H, W, C) to (N, H / strides, W / strides, features)."""
     first, second = (self.strides, 1) if self.stride_in_1x1 else (1, self.strides)
     inner = self.inner_features
-    y = self.conv(inner, (1, 1), strides=first, name='conv1')(x)
-    y = nn.relu(self.norm(name='norm1')(y, train=train))
-    y = self.conv(inner, (3, 3), strides=second, groups=self.groups, name='conv2')(y)
-    y = nn.relu(self.norm(name='norm2')(y, train=train))
-    y = self.conv(self.features, (1, 1), name='conv3')(y)
+    y = self.conv(inner, (1, 1), strides=first, name='conv1')(
+      x, self.norm(name='norm1'), train=train
+    )
+    y = self.conv(inner, (3, 3), strides=second, groups=self.groups, name='conv2')(
+      nn.relu(y), self.norm(name='norm2'), train=train
+    )
+    y = nn.relu(y)
+    last = self.conv(self.features, (1, 1), name='conv3'), self.norm(name='norm3')
     if self.strides != 1 or x.shape[-1] != self.features:
       x = Shortcut(self.features, self.strides, self.conv, self.norm, name='shortcut')(
         x, train=train
       )
-    return finish_block(y, self.norm(name='norm3'), self.attention, x, train=train)
+    return finish_block(y, *last, self.attention, x, train=train)
 
 
 class Shortcut(nn.Module):
@@ -96,8 +101,8 @@ class Shortcut(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Maps `x` (N, H, W, C) to (N, H / strides, W / strides, features)."""
-    x = self.conv(self.features, (1, 1), strides=self.strides, name='conv')(x)
-    return self.norm(name='norm')(x, train=train)
+    conv = self.conv(self.features, (1, 1), strides=self.strides, name='conv')
+    return conv(x, self.norm(name='norm'), train=train)
 
 
 class Stem(nn.Module):
@@ -111,10 +116,10 @@ class Stem(nn.Module):
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     """Maps `images` (N, H, W, C) to 64 channels, at a 4th of the side or at the whole."""
     if self.kind == 'cifar':
-      x = self.conv(64, (3, 3), name='conv')(images)
-      return nn.relu(self.norm(name='norm')(x, train=train))
-    x = self.conv(64, (7, 7), strides=2, name='conv')(images)
-    x = self.norm(name='norm')(x, train=train)
+      conv = self.conv(64, (3, 3), name='conv')
+      return nn.relu(conv(images, self.norm(name='norm'), train=train))
+    conv = self.conv(64, (7, 7), strides=2, name='conv')
+    x = conv(images, self.norm(name='norm'), train=train)
     # A maximum and a ReLU can be taken in either order; this way the ReLU has a 4th of the work.
     return nn.relu(max_pool(x, 3, strides=2, padding=1))
 

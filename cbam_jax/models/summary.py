@@ -134,7 +134,10 @@ def _products(jaxpr: core.Jaxpr, outer: str = '') -> Iterator[tuple[list[str], i
       out_axis = equation.params['dimension_numbers'].rhs_spec[0]
       taps = math.prod(kernel) // kernel[out_axis]
       yield scope.split('/'), math.prod(_shape(equation.outvars[0])) * taps
-    for value in equation.params.values():
+    params = equation.params
+    # Of what is written for each platform, the last is what all others compute in their ways.
+    inside = [params['branches'][-1]] if 'branches' in params else params.values()
+    for value in inside:
       for inner_jaxpr in _sub_jaxprs(value):
         yield from _products(inner_jaxpr, scope)
 

@@ -17,6 +17,10 @@ from cbam_jax.models.base import finish_block
 from tests.layers.random_variables import random_variables
 
 
+def no_convolution(x, norm=None, *, train=False):
+  return x if norm is None else norm(x, train=train)
+
+
 class Ending(nn.Module):
   """A block's last norm, attention and sum."""
 
@@ -36,7 +40,7 @@ class Ending(nn.Module):
       group_size=self.group_size,
       param_dtype=self.param_dtype,
     )
-    return finish_block(x, norm, attention, shortcut, train=train)
+    return finish_block(x, no_convolution, norm, attention, shortcut, train=train)
 
   @property
   def param_dtype(self):
@@ -129,7 +133,8 @@ def test_jit_changes_no_gradient(x64):
   assert_close(jitted, eager, 1e-12)
 
 
-def test_second_derivatives(x64):
+@pytest.mark.parametrize('implementation', ['xla', 'pallas'])
+def test_second_derivatives(x64, implementation):
   x, shortcut = inputs((2, 4, 3, 8), jnp.float64)
 
   def squared_gradient(implementation):
@@ -142,7 +147,7 @@ def test_second_derivatives(x64):
 
     return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(jax.grad(total)(x)))))(x)
 
-  assert_close(squared_gradient('xla'), squared_gradient('plain'), 1e-10)
+  assert_close(squared_gradient(implementation), squared_gradient('plain'), 1e-10)
 
 
 def test_a_scale_of_zero_takes_the_first_element(x64):
@@ -191,7 +196,7 @@ def test_under_a_negative_scale_the_least_element_is_the_maximum():
 def test_maxima_by_hand():
   x = jnp.array([[[1.0, -2.0, 3.0], [5.0, 5.0, 1.0]]])
   scale, offset = jnp.array([[[1.0, -2.0, 1.0]]]), jnp.array([[[0.0, 0.0, -1.0]]])
-  peak, mean, _ = spatial_pools(x, scale, offset)
+  peak, mean, *_ = spatial_pools(x, scale, offset)
   np.testing.assert_allclose(peak, [[4.0, 5.0]])
   np.testing.assert_allclose(mean, [[7 / 3, -5 / 3]], rtol=1e-6)
   d_x = jax.grad(lambda x: jnp.sum(spatial_pools(x, scale, offset)[0]))(x)

@@ -89,7 +89,7 @@ def test_a_gpu_touches_no_position_outside(shape, monkeypatch):
   monkeypatch.setattr(kernels, '_on_each_platform', lambda tpu, gpu: gpu(interpret=True))
   vector = jnp.ones((1, 1, shape[2]))
   kernels.over_channels(jnp.ones(shape), vector, vector)
-  sticks_out = shape[1] % kernels.GPU_CHUNK[0] > 0
+  sticks_out = shape[1] % kernels.GPU_CHANNELS[0] > 0
   assert [kind for kind, _ in masks] == ['load', *['store'] * 3] * sticks_out
   masks.clear()
   kernels.over_positions(jnp.ones(shape), vector)

@@ -1,4 +1,6 @@
+import functools
 import itertools
+import re
 
 import flax.linen as nn
 import jax
@@ -6,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cbam_jax.layers import Conv
+from cbam_jax import create_model
+from cbam_jax.layers import BatchNorm, Conv
 from tests.layers.random_variables import random_features, random_variables
 
 SPATIAL = (11, 8, 6)
@@ -71,12 +74,21 @@ def test_against_linen(size, groups, strides, x64):
 
 @pytest.mark.parametrize('axes', [1, 2, 3])
 @pytest.mark.parametrize('strides', [1, 2])
-def test_1x1_is_a_matrix_product(axes, strides):
+def test_1x1_is_a_matrix_product_on_a_cpu(axes, strides):
   conv = Conv(4, (1,) * axes, strides)
   x = jnp.ones((2, *SPATIAL[:axes], 3))
-  jaxpr = str(jax.make_jaxpr(conv.apply)(random_variables(conv, x), x))
-  assert 'dot_general' in jaxpr
-  assert 'conv_general_dilated' not in jaxpr
+  on_a_cpu = lowered(conv, x, 'cpu')
+  assert 'dot_general' in on_a_cpu
+  assert 'stablehlo.convolution' not in on_a_cpu
+  # XLA for GPUs (of jaxlib 0.10.2) aborts on products with stepping operands in a train step.
+  on_a_gpu = lowered(conv, x, 'cuda')
+  assert 'dot_general' not in on_a_gpu
+  assert 'stablehlo.convolution' in on_a_gpu
+
+
+def lowered(conv, x, platform):
+  apply = jax.jit(functools.partial(conv.apply, random_variables(conv, x)))
+  return apply.trace(x).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize(('size', 'groups'), [(3, 1), (1, 3)])
@@ -118,3 +130,71 @@ def test_initial_values_of_a_depthwise_convolution():
   conv = Conv(512, (3, 3), groups=512)
   kernel = conv.init(jax.random.key(0), jnp.ones((1, 4, 4, 512)))['params']['kernel']
   np.testing.assert_allclose(np.std(kernel), np.sqrt(2 / (9 * 512)), rtol=0.05)
+
+
+class Normalized(nn.Module):
+  conv: Conv
+  norm: BatchNorm
+  apart: bool = False
+
+  def __call__(self, x, *, train):
+    if self.apart:
+      return self.norm(self.conv(x), train=train)
+    return self.conv(x, self.norm, train=train)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+  """Takes what a GPU would compute, on the CPU."""
+  monkeypatch.setattr(
+    jax.lax,
+    'platform_dependent',
+    lambda *inputs, default, cpu=None, cuda=None: (cuda or default)(*inputs),
+  )
+
+
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('use_bias', [False, True])
+@pytest.mark.parametrize(
+  ('size', 'groups', 'strides'), [(1, 1, 1), (1, 1, 2), (3, 1, 1), (3, 6, 2), (7, 2, 2)]
+)
+@pytest.mark.usefixtures('as_on_a_gpu')
+def test_with_a_norm(size, groups, strides, use_bias, train, x64):
+  x = random_features((4, 9, 8, 6))
+  conv = Conv(12, (size, size), strides, groups=groups, use_bias=use_bias, param_dtype=jnp.float64)
+  norm = BatchNorm(param_dtype=jnp.float64)
+  variables = random_variables(Normalized(conv, norm), x, train=False)
+
+  def result(apart):
+    module = Normalized(conv, norm, apart)
+    return module.apply(variables, x, train=train, mutable=['batch_stats'])
+
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12),
+    result(False),
+    result(True),
+  )
+
+
+def test_a_gpu_normalizes_within_the_convolution():
+  module = Normalized(Conv(12, (3, 3)), BatchNorm())
+  x = jnp.ones((4, 9, 8, 6))
+  variables = random_variables(module, x, train=False)
+  apply = jax.jit(functools.partial(module.apply, variables, train=False))
+  text = apply.trace(x).lower(lowering_platforms=('cuda',)).as_text()
+  assert 'multiply' in text
+  assert not re.search(r'multiply.*tensor<4x9x8x12xf32>', text)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v1'])
+@pytest.mark.parametrize('attention', ['cbam', 'bam'])
+def test_networks_are_the_same_on_a_gpu(name, attention, monkeypatch, request, x64):
+  model = create_model(
+    name, attention=attention, num_classes=10, dtype=jnp.float64, param_dtype=jnp.float64
+  )
+  x = random_features((2, 64, 64, 3))
+  variables = random_variables(model, x, train=False)
+  on_a_cpu = jax.jit(functools.partial(model.apply, train=False))(variables, x)
+  request.getfixturevalue('as_on_a_gpu')
+  on_a_gpu = jax.jit(functools.partial(model.apply, train=False))(variables, x)
+  np.testing.assert_allclose(on_a_gpu, on_a_cpu, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,44 @@
+"""Convolutions of few channels, as a GPU computes them, against XLA's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbam_jax.layers import few_channels
+from tests.layers.random_variables import random_features
+
+
+def convolution(x, kernel, strides):
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (strides, strides),
+    [(side // 2, side // 2) for side in kernel.shape[:2]],
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+@pytest.mark.parametrize('sides', [(3, 3), (7, 7), (5, 3)])
+@pytest.mark.parametrize('size', [(8, 8), (9, 12), (7, 11)])
+def test_space_to_depth(size, sides, channels, x64):
+  x, kernel = random_features((2, *size, channels)), random_features((*sides, channels, 6))
+  agree(few_channels.space_to_depth, lambda *inputs: convolution(*inputs, 2), x, kernel)
+
+
+@pytest.mark.parametrize('channels', [1, 2])
+@pytest.mark.parametrize('sides', [(3, 3), (7, 7), (1, 5)])
+@pytest.mark.parametrize('size', [(8, 8), (5, 9), (3, 2)])
+def test_by_rows(size, sides, channels, x64):
+  x, kernel = random_features((2, *size, channels)), random_features((*sides, channels, 1))
+  agree(few_channels.by_rows, lambda *inputs: convolution(*inputs, 1), x, kernel)
+
+
+def agree(actual, desired, *inputs):
+  y = desired(*inputs)
+  np.testing.assert_allclose(actual(*inputs), y, rtol=1e-11, atol=1e-12)
+  cotangent = jnp.cos(jnp.arange(y.size)).reshape(y.shape)
+  gradients = (jax.jit(lambda *v, f=f: jax.vjp(f, *v)[1](cotangent)) for f in (actual, desired))
+  for a, b in zip(*(gradient(*inputs) for gradient in gradients), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
