@@ -4,8 +4,7 @@ Three tables: images a second of training and inference, beside timm's network b
 channels last, under autocast; for the end of a residual block, time, bandwidth and FLOP rate as
 shares of what a copy and a matrix product reach on the same card; and the kernels of a train step.
 
-Everything is compiled first, side by side: ours in threads, PyTorch's beside them. Then all is
-timed, one after the other.
+The peers of a row are compiled side by side, and then timed in turn.
 
   pip install -U 'jax[cuda13]' && pip install 'cbam-jax[train]' torch timm
   python benchmarks/gpu.py
@@ -49,13 +48,28 @@ def ours(attention: str, implementation: str, images: np.ndarray, step: str) -> 
   if attention == 'cbam':
     attention = functools.partial(cbam_jax.CBAM, implementation=implementation)
   model = cbam_jax.create_model('resnet50', attention=attention, dtype=jnp.bfloat16)
-  return compiled(model, images, step)
+  return compiled(model, images, step, any_values)
 
 
-def pytorch(form: str, images: np.ndarray, step: str, device: str) -> Runner:
+def any_values(make: Callable[[], Any]) -> Any:
+  """Arrays like those of `make`: to compile a network's own initial values takes half a minute."""
+  rng = np.random.default_rng(0)
+
+  def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    name = jax.tree_util.keystr(path)
+    if 'kernel' in name and 'opt_state' not in name:
+      values = rng.normal(0, np.sqrt(2 / np.prod(shape.shape[:-1])), shape.shape)
+    else:
+      values = np.full(shape.shape, 'scale' in name or 'var' in name)
+    return jnp.asarray(values, shape.dtype)
+
+  return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(make))
+
+
+def pytorch(attention: str, images: np.ndarray, step: str, device: str) -> Runner:
   """timm's ResNet-50 by `torch.compile`, channels last, under autocast."""
   torch.manual_seed(0)
-  module = network('resnet50', form).to(device, memory_format=torch.channels_last)
+  module = network('resnet50', attention).to(device, memory_format=torch.channels_last)
   inputs = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
   labels = torch.arange(len(images), device=device)
   module.train(step == 'train')
@@ -84,28 +98,31 @@ def pytorch(form: str, images: np.ndarray, step: str, device: str) -> Runner:
 
 
 def networks(
-  images: np.ndarray, threads: concurrent.futures.Executor, device: str
-) -> dict[tuple[str, str], dict[str, Runner]]:
-  """Each peer of each attention and step, compiled."""
-  peers: dict[tuple[str, str], dict[str, Any]] = {}
-  for attention, step in itertools.product(('none', 'cbam'), ('forward', 'train')):
-    names = (
-      {f'cbam_jax, {i}': i for i in IMPLEMENTATIONS} if attention == 'cbam' else {'cbam_jax': 'xla'}
-    )
-    peers[attention, step] = {
-      name: threads.submit(warm, functools.partial(ours, attention, implementation, images, step))
-      for name, implementation in names.items()
+  images: np.ndarray, rounds: int, threads: concurrent.futures.Executor, device: str
+) -> dict[tuple[str, str], Runner]:
+  """Prints images a second; returns our train steps by attention and implementation."""
+  print('| ResNet-50 | step | peer | ms | images/s | times PyTorch |\n|---|---|---|---|---|---|')
+  steps = {}
+  for attention, step in itertools.product(('none', 'cbam'), ('train', 'forward')):
+    ours_by_implementation = {
+      implementation: threads.submit(
+        warm, functools.partial(ours, attention, implementation, images, step)
+      )
+      for implementation in (IMPLEMENTATIONS if attention == 'cbam' else ('xla',))
     }
-  for (attention, step), ours_of_it in peers.items():
-    for form in ('cbam', 'paper_cbam') if attention == 'cbam' else ('none',):
-      ours_of_it[f'PyTorch, {form}'] = warm(functools.partial(pytorch, form, images, step, device))
-  return {
-    key: {
-      name: peer.result() if isinstance(peer, concurrent.futures.Future) else peer
-      for name, peer in named.items()
-    }
-    for key, named in peers.items()
-  }
+    peers = {'PyTorch': warm(functools.partial(pytorch, attention, images, step, device))}
+    for implementation, compiling in ours_by_implementation.items():
+      peers[f'cbam_jax, {implementation}'] = compiling.result()
+      if step == 'train':
+        steps[attention, implementation] = compiling.result()
+    seconds = {name: statistics.median(s) for name, s in measure(peers, rounds).items()}
+    for name, s in seconds.items():
+      print(
+        f'| {attention} | {step} | {name} | {1e3 * s:.2f} | {len(images) / s:.0f} '
+        f'| {seconds["PyTorch"] / s:.2f} |',
+        flush=True,
+      )
+  return steps
 
 
 def warm(make: Callable[[], Runner]) -> Runner:
@@ -113,22 +130,6 @@ def warm(make: Callable[[], Runner]) -> Runner:
   run = make()
   run()
   return run
-
-
-def print_networks(
-  peers: dict[tuple[str, str], dict[str, Runner]], count: int, rounds: int
-) -> None:
-  """Prints images a second."""
-  print('\n| ResNet-50 | step | peer | ms | images/s | times the best PyTorch |')
-  print('|---|---|---|---|---|---|')
-  for (attention, step), runners in peers.items():
-    seconds = {name: statistics.median(s) for name, s in measure(runners, rounds).items()}
-    best = min(s for name, s in seconds.items() if name.startswith('PyTorch'))
-    for name, s in seconds.items():
-      print(
-        f'| {attention} | {step} | {name} | {1e3 * s:.2f} | {count / s:.0f} | {best / s:.2f} |',
-        flush=True,
-      )
 
 
 def timed(function: Runner, repeats: int = 20) -> float:
@@ -240,16 +241,14 @@ def main() -> None:
   print(f'{jax.devices()[0].device_kind}; jax {jax.__version__}, PyTorch {torch.__version__}')
   flops, bandwidth = peaks(8192 if device == 'cuda' else 512)
   print(f'peaks measured: {flops / 1e12:.1f} TFLOP/s, {bandwidth / 1e9:.0f} GB/s')
-  print(f'bfloat16, batch {args.batch_size} at {args.image_size}')
+  print(f'bfloat16, batch {args.batch_size} at {args.image_size}\n')
   shape = (args.batch_size, 3, args.image_size, args.image_size)
   images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
   with concurrent.futures.ThreadPoolExecutor() as threads:
-    peers = networks(images, threads, device)
-    ends = blocks(args.batch_size, args.image_size, threads)
-  print_networks(peers, args.batch_size, args.rounds)
-  print_blocks(ends, flops, bandwidth)
-  for attention, peer in (('none', 'cbam_jax'), ('cbam', 'cbam_jax, pallas')):
-    profile(peers[attention, 'train'][peer], f'{attention}, {peer}')
+    steps = networks(images, args.rounds, threads, device)
+    print_blocks(blocks(args.batch_size, args.image_size, threads), flops, bandwidth)
+  for attention, implementation in (('none', 'xla'), ('cbam', 'pallas')):
+    profile(steps[attention, implementation], f'{attention}, {implementation}')
 
 
 if __name__ == '__main__':

@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -41,16 +42,20 @@ ATTENTIONS = ('none', 'se', 'bam', 'cbam')
 Runner = Callable[[], None]
 
 
-def compiled(model: Classifier, images: np.ndarray, step: str) -> Runner:
-  """Runs a network of ours."""
+def compiled(
+  model: Classifier,
+  images: np.ndarray,
+  step: str,
+  values: Callable[[Callable[[], Any]], Any] = train_step.initial,
+) -> Runner:
+  """Runs a network of ours, with the values that `values` makes (see `train_step.make`)."""
   nhwc = jnp.asarray(images.transpose(0, 2, 3, 1))
   if step == 'forward':
-    initial = jax.jit(functools.partial(model.init, train=False))
-    variables = initial(jax.random.key(0), nhwc[:1])
+    variables = values(lambda: model.init(jax.random.key(0), nhwc[:1], train=False))
     forward = jax.jit(functools.partial(model.apply, train=False))
     return lambda: jax.block_until_ready(forward(variables, nhwc))
 
-  one_step, state, batch = train_step.make(model, nhwc)
+  one_step, state, batch = train_step.make(model, nhwc, values)
 
   def run() -> None:
     nonlocal state
@@ -134,13 +139,13 @@ def peers(name: str, attention: str, images: np.ndarray, step: str) -> dict[str,
   return makers
 
 
-def measure(runners: dict[str, Runner], rounds: int) -> dict[str, list[float]]:
+def measure(runners: dict[str, Runner], rounds: int, pause: float = 0.3) -> dict[str, list[float]]:
   """Seconds of each runner, in turn, after one round that does not count."""
   seconds: dict[str, list[float]] = {name: [] for name in runners}
   for number in range(rounds + 1):
     for name, run in runners.items():
       # The threads of the peer before spin for a while once they are idle.
-      time.sleep(0.3)
+      time.sleep(pause)
       start = time.perf_counter()
       run()
       if number:

@@ -1,6 +1,6 @@
 """The train step that the benchmarks time: SGD on random images, on one device."""
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +12,18 @@ from cbam_jax.training.state import TrainState, create_state
 from cbam_jax.training.step import make_train_step
 
 
-def make(model: Classifier, images: jax.Array) -> tuple[Any, TrainState, dict[str, jax.Array]]:
-  """The jitted step, which consumes its state, and a state and a batch of `images` for it."""
+def initial(make: Callable[[], Any]) -> Any:
+  """What `make` returns: a network's own initial values."""
+  return jax.jit(make)()
+
+
+def make(
+  model: Classifier, images: jax.Array, values: Callable[[Callable[[], Any]], Any] = initial
+) -> tuple[Any, TrainState, dict[str, jax.Array]]:
+  """The jitted step, which consumes its state, and a state and a batch of `images` for it.
+
+  `values` makes the state from the function that would.
+  """
   optimizer = sgd(0.1)
   batch = {
     'image': images,
@@ -21,5 +31,5 @@ def make(model: Classifier, images: jax.Array) -> tuple[Any, TrainState, dict[st
     'mask': jnp.ones(len(images), bool),
   }
   step = jax.jit(make_train_step(model, optimizer, lambda x: x, lambda step: 0.1), donate_argnums=0)
-  initial = functools.partial(create_state, model, optimizer, image_shape=images.shape[1:])
-  return step, jax.jit(initial)(jax.random.key(0)), batch
+  key = jax.random.key(0)
+  return step, values(lambda: create_state(model, optimizer, key, images.shape[1:])), batch

@@ -229,6 +229,29 @@ def test_unknown_implementation():
     CBAM(implementation='fast')
 
 
+def jaxpr_of(ending, x, shortcut):
+  variables = random_variables(ending, x, shortcut, train=False)
+
+  def apply(x, shortcut):
+    return ending.apply(variables, x, shortcut, train=False)
+
+  return apply, str(jax.make_jaxpr(apply)(x, shortcut))
+
+
+def test_auto_takes_kernels_on_a_gpu(monkeypatch):
+  x, shortcut = inputs((8, 4, 3, 8), jnp.float32)
+  apply, jaxpr = jaxpr_of(Ending('auto'), x, shortcut)
+  assert 'pallas_call' not in jaxpr
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert 'pallas_call' in jaxpr_of(Ending('auto'), x, shortcut)[1]
+  assert 'pallas_call' not in jaxpr_of(Ending('auto'), x[:0], shortcut[:0])[1]
+  # Pallas cannot tell over which axes of a shard_map its outputs vary.
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  by_example = jax.sharding.PartitionSpec('data')
+  mapped = jax.shard_map(apply, mesh=mesh, in_specs=by_example, out_specs=by_example)
+  np.testing.assert_allclose(mapped(x, shortcut), apply(x, shortcut), rtol=1e-5)
+
+
 def test_stores_no_more_than_the_plain_network():
   """CBAM's share of the memory of a train step; its definition takes a third more."""
 

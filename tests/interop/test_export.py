@@ -120,6 +120,11 @@ def test_kernels_of_one_platform_are_left_out():
   assert_lowers('resnet18', functools.partial(CBAM, implementation='pallas'))
 
 
+def test_kernels_of_a_gpu_stay_there(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert_lowers('resnet18', 'cbam')
+
+
 def assert_lowers(name, attention):
   model = create_model(name, attention=attention, num_classes=5)
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
