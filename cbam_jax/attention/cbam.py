@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from cbam_jax.attention.channel import ChannelAttention
 from cbam_jax.attention.fused import refine_and_add
@@ -169,7 +170,7 @@ class CBAM(nn.Module):
   @nn.nowrap
   def _takes_kernels(self, x: jax.Array) -> bool:
     if self.implementation == 'auto':
-      # A type that varies over a mesh's axes, as in a shard_map, is one that Pallas cannot check.
-      varies = getattr(jax.typeof(x), 'vma', ())
-      return jax.default_backend() == 'gpu' and x.size > 0 and not varies
+      # In a shard_map Pallas would want to be told over which axes its results vary.
+      in_shard_map = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+      return jax.default_backend() == 'gpu' and x.size > 0 and not in_shard_map
     return self.implementation == 'pallas'

@@ -55,8 +55,28 @@ def test_over_channels(shape, dtype):
   np.testing.assert_array_equal(position, values.argmax(2))
 
 
+@pytest.mark.parametrize('dtype', TYPES)
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.usefixtures('kind')
+def test_gradient_sums(shape, dtype):
+  x, du = integers(shape, dtype), integers(shape, dtype, least=-5, most=6)[::-1]
+  gate, d_mean, d_peak = (integers(shape[:2], least=-k, most=k) for k in (3, 4, 5))
+  channel = integers(shape[:2], jnp.int32, least=0, most=shape[2])
+  dyx, dy = jax.jit(kernels.gradient_sums)(x, du, gate, d_mean, d_peak, channel)
+  here = np.arange(shape[2]) == np.asarray(channel)[..., None]
+  gate, d_mean, d_peak = (np.asarray(v)[..., None] for v in (gate, d_mean, d_peak))
+  expected = np.asarray(du, np.float32) * gate + d_mean + here * d_peak
+  np.testing.assert_array_equal(dy, expected.sum(1))
+  np.testing.assert_array_equal(dyx, (expected * np.asarray(x, np.float32)).sum(1))
+
+
 def both(x, vector):
   return kernels.over_positions(x, vector), kernels.over_channels(x, vector, vector)
+
+
+def gradient_sums(x):
+  one = jnp.ones(x.shape[:2])
+  return kernels.gradient_sums(x, x, one, one, one, one.astype(jnp.int32))
 
 
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
@@ -66,9 +86,10 @@ def both(x, vector):
 def test_they_lower_for_accelerators(shape, dtype, platform):
   x = jax.ShapeDtypeStruct(shape, dtype)
   vector = jax.ShapeDtypeStruct((1, 1, shape[2]), jnp.float32)
-  lowered = jax.jit(both).trace(x, vector).lower(lowering_platforms=(platform,)).as_text()
+  run = jax.jit(lambda x, vector: (both(x, vector), gradient_sums(x)))
+  lowered = run.trace(x, vector).lower(lowering_platforms=(platform,)).as_text()
   name = {'tpu': 'tpu_custom_call', 'cuda': '__gpu$xla.gpu.triton'}[platform]
-  assert lowered.count(f'stablehlo.custom_call @{name}') == 2
+  assert lowered.count(f'stablehlo.custom_call @{name}') == 3
 
 
 # A GPU's last tile sticks out of 49 and of 3125 positions, whatever the channels are.
@@ -93,10 +114,13 @@ def test_a_gpu_touches_no_position_outside(shape, monkeypatch):
   assert [kind for kind, _ in masks] == ['load', *['store'] * 3] * sticks_out
   masks.clear()
   kernels.over_positions(jnp.ones(shape), vector)
-  assert [kind for kind, _ in masks] == ['load'] * sticks_out
+  assert [kind for kind, _ in masks] == ['load'] * (shape[1] % kernels.GPU_POSITIONS[0] > 0)
+  masks.clear()
+  gradient_sums(jnp.ones(shape))
+  assert [kind for kind, _ in masks] == ['load'] * 6 * (shape[1] % kernels.GPU_GRADIENT[0] > 0)
 
 
-def test_each_device_pools_its_own_examples():
+def test_each_device_takes_its_own_examples():
   mesh = make_mesh(1)
   split = NamedSharding(mesh, PartitionSpec('data'))
   x, one = jax.device_put(integers((16, 49, 32)), split), jnp.ones((1, 1, 32))
@@ -106,15 +130,23 @@ def test_each_device_pools_its_own_examples():
   assert peak.sharding.is_equivalent_to(split, 2)
   np.testing.assert_array_equal(peak, np.max(x, 1))
   np.testing.assert_array_equal(channel, np.argmax(x, 2))
+  compiled = jax.jit(gradient_sums).lower(x).compile()
+  assert 'all-gather' not in compiled.as_text()
+  (dyx, dy), expected = compiled(x), gradient_sums(np.asarray(x))
+  assert dy.sharding.is_equivalent_to(split, 2)
+  np.testing.assert_array_equal((dyx, dy), expected)
 
 
 def test_vmap():
   x, one = integers((3, 2, 49, 32)), jnp.ones((1, 1, 32))
-  mapped = jax.vmap(functools.partial(both, vector=one))(x)
+
+  def run(x):
+    return both(x, one), gradient_sums(x)
+
   jax.tree.map(
     np.testing.assert_array_equal,
-    mapped,
-    jax.tree.map(lambda *each: jnp.stack(each), *(both(some, one) for some in x)),
+    jax.vmap(run)(x),
+    jax.tree.map(lambda *each: jnp.stack(each), *(run(some) for some in x)),
   )
 
 
