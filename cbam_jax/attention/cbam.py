@@ -43,8 +43,9 @@ class CBAM(nn.Module):
     implementation: How a residual block of this package ends with it. 'plain': as the definition
       reads, which forward-mode derivatives need. 'xla': fused with the batch norm before it and the
       sum after it, in few passes over memory. 'pallas': the same with Pallas kernels for what it
-      reduces; it takes check_vma=False in a shard_map. 'auto': for the paper's own CBAM 'pallas' if
-      JAX's default backend is a GPU, else 'xla'; for other choices 'plain'.
+      reduces, on an NVIDIA GPU since Ampere (on a TPU it was compiled, not run). 'auto': for the
+      paper's own CBAM 'pallas' on such a GPU, unless in a shard_map or on a mesh of explicit axes,
+      else 'xla'; for other choices 'plain'.
     dtype: Type of the output; None follows the input. Pools and gates are float32 at the least.
     param_dtype: Type in which parameters are stored.
 
@@ -164,13 +165,21 @@ class CBAM(nn.Module):
       shortcut,
       self.channel.logits_of,
       functools.partial(self.spatial.logits_of, train=train),
-      pallas=self._takes_kernels(x),
+      pallas=self.implementation == 'pallas' or (self.implementation == 'auto' and _kernels_pay(x)),
     )
 
-  @nn.nowrap
-  def _takes_kernels(self, x: jax.Array) -> bool:
-    if self.implementation == 'auto':
-      # In a shard_map Pallas would want to be told over which axes its results vary.
-      in_shard_map = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-      return jax.default_backend() == 'gpu' and x.size > 0 and not in_shard_map
-    return self.implementation == 'pallas'
+
+def _kernels_pay(x: jax.Array) -> bool:
+  """Whether Pallas kernels can take `x`, and are faster: on a GPU that Triton knows."""
+  device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+  # Pallas wants to be told how its results lie on what is not left to the compiler.
+  meshes = jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh
+  automatic = all(kind == AxisType.Auto for mesh in meshes for kind in mesh.axis_types)
+  return _has_triton(device) and automatic and x.size > 0 and x.shape[-1] % 16 == 0
+
+
+def _has_triton(device: Any) -> bool:
+  """Whether it is a GPU of NVIDIA's, Ampere or later."""
+  if getattr(device, 'platform', device) != 'gpu' or 'cuda' not in device.client.platform_version:
+    return False
+  return float(device.compute_capability) >= 8

@@ -58,11 +58,11 @@ def refine_and_add(
   average, peak = channel_pools(flat, scale, offset, pallas)
   gate = nn.sigmoid(channel_logits(average, peak))[:, None]
   scale, offset = scale * gate, offset * gate
-  peak, mean, flat, slot = spatial_pools(flat, scale, offset, pallas)
-  peak, mean, slot = (v.reshape(n, *spatial, 1) for v in (peak, mean, slot))
-  gate = nn.sigmoid(spatial_logits(peak, mean))
+  peak, mean, flat = spatial_pools(flat, scale, offset, pallas)
+  maps = (n, *spatial, 1)
+  gate = nn.sigmoid(spatial_logits(peak.reshape(maps), mean.reshape(maps)))
   scale, offset = (lax.expand_dims(v[:, 0], range(1, x.ndim - 1)) for v in (scale, offset))
-  return gate_and_add(flat.reshape(x.shape), scale, offset, gate, shortcut, slot)
+  return gate_and_add(flat.reshape(x.shape), scale, offset, gate, shortcut)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -71,8 +71,11 @@ def _wide(x: jax.Array) -> jax.Array:
 
 def _reduced(pallas: bool, name: str, definition: Callable[..., Any], *inputs: jax.Array) -> Any:
   """By the kernel of that name, or as its definition says, which also is its derivative."""
-  if not pallas:
-    return definition(*inputs)
+  return _kernel(name, definition)(*inputs) if pallas else definition(*inputs)
+
+
+@functools.cache
+def _kernel(name: str, definition: Callable[..., Any]) -> Callable[..., Any]:
   # Imported when they are asked for: Pallas takes a while, and no other implementation needs it.
   from cbam_jax.attention import kernels
 
@@ -82,7 +85,7 @@ def _reduced(pallas: bool, name: str, definition: Callable[..., Any], *inputs: j
   def derivative(primals: Any, tangents: Any) -> Any:
     return kernel(*primals), jax.jvp(definition, primals, tangents)[1]
 
-  return kernel(*inputs)
+  return kernel
 
 
 # ------------------------------------------------------------------------ pools over positions
@@ -157,18 +160,32 @@ def _reduced_like(gradient: jax.Array, vector: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def spatial_pools(
   x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """The maximum and the mean of `x * scale + offset` over channels, both (N, P); `x`; and zeros.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The maximum and the mean of `x * scale + offset` over channels, both (N, P); and `x`.
 
-  What `gate_and_add` gives back for the latter two is not their cotangents: it is the cotangent of
-  the gated sum, for `x`, and the gate, (N, P), for the zeros. Their product is the cotangent of
-  `x * scale + offset`, so that all that goes back to `scale` and `offset` is summed in one pass.
+  The cotangent of this `x` is not its own but that of `x * scale + offset`, as `gate_and_add` gives
+  it: so all that goes back to `scale` and `offset` is summed in one pass.
   """
   if pallas:
     return _spatial_pools_forward(x, scale, offset, pallas)[0]
   values = _wide(x)
-  mean = _mean(values, scale, offset)
-  return jnp.max(values * scale + offset, 2), mean, x, jnp.zeros_like(mean)
+  return (
+    jnp.max(values * scale + offset, 2),
+    _mean(values, scale, offset),
+    _mapped_as(x, scale, offset),
+  )
+
+
+def _mapped_as(x: jax.Array, *vectors: jax.Array) -> jax.Array:
+  """`x`, on whose `vmap`ped axis each of `vectors` is.
+
+  Their cotangents are made of that of `x`, which `vmap` would sum over an axis that `x` has not.
+  Whole numbers times nothing are nothing, and the compiler knows it.
+  """
+  for vector in vectors:
+    bits = lax.bitcast_convert_type(vector, f'int{8 * vector.dtype.itemsize}')
+    x = jnp.where(bits & 0 != 0, jnp.zeros((), x.dtype), x)
+  return x
 
 
 def _mean(x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
@@ -183,7 +200,7 @@ def _dot(x: jax.Array, vector: jax.Array) -> jax.Array:
 
 def _spatial_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool) -> Any:
   mean, peak, channel = _reduced(pallas, 'over_channels', _over_channels, x, scale, offset)
-  return (peak, mean, x, jnp.zeros_like(mean)), (x, scale, channel)
+  return (peak, mean, _mapped_as(x, scale, offset)), (x, scale, channel)
 
 
 def _over_channels(
@@ -195,19 +212,17 @@ def _over_channels(
 
 def _spatial_pools_backward(pallas: bool, residuals: Any, cotangents: Any) -> Any:
   x, scale, channel = residuals
-  d_peak, d_mean, du, gate = cotangents
-  inputs = x, du, gate, d_mean / x.shape[2], d_peak, channel
+  d_peak, d_mean, dy = cotangents
+  inputs = x, dy, d_mean / x.shape[2], d_peak, channel
   sums = _reduced(pallas, 'gradient_sums', _gradient_sums, *inputs)
   d_scale, d_offset = (v[:, None] for v in sums)
   return (_gradient(*inputs[1:]) * scale).astype(x.dtype), d_scale, d_offset
 
 
-def _gradient(
-  du: jax.Array, gate: jax.Array, d_mean: jax.Array, d_peak: jax.Array, channel: jax.Array
-) -> jax.Array:
-  """What goes back to `x * scale + offset`."""
-  here = lax.broadcasted_iota(channel.dtype, du.shape, 2) == channel[..., None]
-  return du * gate[..., None] + d_mean[..., None] + jnp.where(here, d_peak[..., None], 0)
+def _gradient(dy: jax.Array, d_mean: jax.Array, d_peak: jax.Array, channel: jax.Array) -> jax.Array:
+  """What goes back to `x * scale + offset`, of which `dy` comes past the pools."""
+  here = lax.broadcasted_iota(channel.dtype, dy.shape, 2) == channel[..., None]
+  return _wide(dy) + d_mean[..., None] + jnp.where(here, d_peak[..., None], 0)
 
 
 def _gradient_sums(x: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -222,22 +237,16 @@ spatial_pools.defvjp(_spatial_pools_forward, _spatial_pools_backward)
 
 @jax.custom_vjp
 def gate_and_add(
-  x: jax.Array,
-  scale: jax.Array,
-  offset: jax.Array,
-  gate: jax.Array,
-  shortcut: jax.Array,
-  slot: jax.Array,
+  x: jax.Array, scale: jax.Array, offset: jax.Array, gate: jax.Array, shortcut: jax.Array
 ) -> jax.Array:
   """`relu((x * scale + offset) * gate + shortcut)`.
 
   Here alone positions are not one axis: `x` is (N, *spatial, C), `scale` and `offset`
-  (N, 1, ..., C), `gate` and `slot` (N, *spatial, 1).
+  (N, 1, ..., C), `gate` (N, *spatial, 1).
 
-  What goes back for `x` and `slot` is told at `spatial_pools`; `scale` and `offset` have no
-  cotangent here.
+  The cotangent of `x` is that of `x * scale + offset`, and `scale` and `offset` have none: see
+  `spatial_pools`.
   """
-  del slot
   return _gate_and_add(x, scale, offset, gate, shortcut)
 
 
@@ -251,8 +260,8 @@ def _gate_and_add(
 
 def _gate_and_add_forward(*inputs: jax.Array) -> Any:
   # Not by `gate_and_add`, whose cotangents are no derivatives: a second derivative comes by here.
-  x, scale, offset, gate, shortcut, _ = inputs
-  out = _gate_and_add(x, scale, offset, gate, shortcut)
+  out = _gate_and_add(*inputs)
+  x, scale, offset, gate, _ = inputs
   return out, (x, scale, offset, gate, out)
 
 
@@ -265,8 +274,13 @@ def _gate_and_add_backward(residuals: Any, d_out: jax.Array) -> Any:
   flat = (n, -1, c)
   d_gate = _dot((wide * x).reshape(flat), scale.reshape(flat))
   d_gate += _dot(wide.reshape(flat), offset.reshape(flat))
-  none = jnp.zeros_like(scale), jnp.zeros_like(offset)
-  return du.astype(x.dtype), *none, d_gate.reshape(gate.shape), du, gate
+  return (
+    (wide * gate).astype(x.dtype),
+    jnp.zeros_like(scale),
+    jnp.zeros_like(offset),
+    d_gate.reshape(gate.shape),
+    du,
+  )
 
 
 gate_and_add.defvjp(_gate_and_add_forward, _gate_and_add_backward)

@@ -75,49 +75,43 @@ def _pool_positions(x_ref: Any, sign_ref: Any, *outputs: Any, positions: int, ch
 
 
 def gradient_sums(
-  x: jax.Array,
-  du: jax.Array,
-  gate: jax.Array,
-  d_mean: jax.Array,
-  d_peak: jax.Array,
-  channel: jax.Array,
+  x: jax.Array, dy: jax.Array, d_mean: jax.Array, d_peak: jax.Array, channel: jax.Array
 ) -> Arrays:
-  """Sums over positions of `dy * x` and of `dy = du * gate + d_mean + (d_peak in its channel)`.
+  """Sums over positions of `d * x` and of `d = dy + d_mean + (d_peak in its channel)`.
 
   Args:
     x: (N, P, C).
-    du: Likewise.
-    gate: (N, P), as are all that follow.
-    d_mean: What each channel of a position gets.
+    dy: Likewise.
+    d_mean: What each channel of a position gets, (N, P), as are all that follow.
     d_peak: What one channel of a position gets.
     channel: Which one, int32.
 
   Returns:
     Two arrays (N, C).
   """
-  rule = 'n p c, n p c, n p, n p, n p, n p -> n c, n c'
-  return _on_each_device(_gradient_summed, rule)(x, du, gate, d_mean, d_peak, channel)
+  rule = 'n p c, n p c, n p, n p, n p -> n c, n c'
+  return _on_each_device(_gradient_summed, rule)(x, dy, d_mean, d_peak, channel)
 
 
-def _gradient_summed(x: jax.Array, du: jax.Array, *maps: jax.Array) -> Arrays:
+def _gradient_summed(x: jax.Array, dy: jax.Array, *maps: jax.Array) -> Arrays:
   maps = tuple(v[..., None] for v in maps)
   return _for_each_channel(
-    _sum_gradient, _dtypes(x)[:1] * 2, x, du, *maps, gpu_chunk=GPU_GRADIENT, walks=True
+    _sum_gradient, _dtypes(x)[:1] * 2, x, dy, *maps, gpu_chunk=GPU_GRADIENT, walks=True
   )
 
 
 def _sum_gradient(*refs: Any, positions: int, chunk: int) -> None:
-  *inputs, dyx_ref, dy_ref = refs
-  shape = chunk, dy_ref.shape[1]
+  *inputs, with_x_ref, alone_ref = refs
+  shape = chunk, alone_ref.shape[1]
   columns = pl.program_id(1) * shape[1] + lax.broadcasted_iota(jnp.int32, shape, 1)
 
   def look(start: Any, carry: Arrays) -> Arrays:
-    x, du, gate, d_mean, d_peak, channel = (_positions_of(ref, start, chunk) for ref in inputs)
-    dy = du * gate + d_mean + jnp.where(columns == channel, d_peak, 0)
-    return carry[0] + dy * x, carry[1] + dy
+    x, dy, d_mean, d_peak, channel = (_positions_of(ref, start, chunk) for ref in inputs)
+    d = dy.astype(alone_ref.dtype) + d_mean + jnp.where(columns == channel, d_peak, 0)
+    return carry[0] + d * x, carry[1] + d
 
-  sums = _walk(positions, chunk, look, (jnp.zeros(shape, dy_ref.dtype),) * 2)
-  for ref, found in zip((dyx_ref, dy_ref), sums, strict=True):
+  sums = _walk(positions, chunk, look, (jnp.zeros(shape, alone_ref.dtype),) * 2)
+  for ref, found in zip((with_x_ref, alone_ref), sums, strict=True):
     ref[...] = jnp.sum(found, 0, keepdims=True)
 
 
@@ -130,7 +124,7 @@ def _for_each_channel(
 ) -> Arrays:
   """Runs a kernel that keeps (1, channels) of all positions, from features, maps and vectors.
 
-  If it `walks`, then on a TPU too: maps fill a lane each there, too many to hold.
+  If it `walks`, then on a TPU too, where maps take a lane each.
   """
   n, p, c = inputs[0].shape
 
@@ -151,7 +145,9 @@ def _for_each_channel(
       **options,
     )(*inputs)
 
-  tpu_chunk = next(k for k in range(min(p, TPU_POSITIONS), 0, -1) if p % k == 0) if walks else p
+  # A TPU walks by eights, as its sublanes are.
+  parts = [k for k in range(8, TPU_POSITIONS + 1, 8) if p % k == 0]
+  tpu_chunk = parts[-1] if walks and parts else p
   outputs = _on_each_platform(
     tpu=functools.partial(run, TPU_CHANNELS if c % TPU_CHANNELS == 0 else c, tpu_chunk),
     gpu=functools.partial(run, _power_of_two(c, gpu_chunk[1]), gpu_chunk[0]),
@@ -288,6 +284,7 @@ def _for_each_example(vector: jax.Array, x: jax.Array) -> jax.Array:
   return jnp.broadcast_to(vector, (x.shape[0], *vector.shape[1:]))
 
 
+@functools.cache
 def _on_each_device(pools: Callable[..., Arrays], rule: str) -> Callable[..., Arrays]:
   """`pools`, whose examples stand alone, on each device's own ones.
 

@@ -24,6 +24,7 @@ from jax.extend.core import jaxpr_as_fun
 from cbam_jax.attention import CBAM
 from cbam_jax.errors import RunError, UserError, first_line, require
 from cbam_jax.files import whole_file
+from cbam_jax.layers import any_platform
 from cbam_jax.models.base import Classifier
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -145,7 +146,8 @@ def export_onnx(
   variables = jax.tree.map(lambda a: np.asarray(a, np.float32), dict(variables))
   logits, images = _traceable(model, variables, image_size, channels, normalize)
   # As a jaxpr, because jax2onnx replaces functions of jax.numpy that Python code of ours calls.
-  function = jaxpr_as_fun(jax.make_jaxpr(lambda x: logits(variables, x))(images))
+  with any_platform():
+    function = jaxpr_as_fun(jax.make_jaxpr(lambda x: logits(variables, x))(images))
   with _without_warnings_of('onnx_ir'):
     proto = jax2onnx.to_onnx(
       lambda x: function(x)[0],

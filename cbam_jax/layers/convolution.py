@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbam_jax.errors import UserError
 from cbam_jax.layers import few_channels
 from cbam_jax.layers.batch_norm import BatchNorm
 from cbam_jax.layers.dtypes import Dtype
+from cbam_jax.layers.platforms import by_platform
 
 # PyTorch's kaiming_normal_(mode='fan_out') for a ReLU, the paper authors' choice.
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -47,20 +52,23 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, norm: BatchNorm | None = None, *, train: bool = False
+    self, x: jax.Array, norm: Callable[..., jax.Array] | None = None, *, train: bool | None = None
   ) -> jax.Array:
-    """Convolves `x`, then normalises if a batch norm is given.
+    """Convolves `x`, then normalises if a norm is given.
 
-    At inference on a GPU the norm's factor goes into the kernel, and what is left of the norm is a
+    At inference on a GPU, a batch norm's factor goes into the kernel, and what is left of it is a
     bias, which cuDNN adds inside the convolution, as it does the ReLU after it.
 
     Args:
       x: Features (N, *spatial, C).
-      norm: A batch norm of the result.
+      norm: A batch norm of the result, or something else that takes `(x, train=...)`.
       train: Whether the norm uses (and records) the batch's statistics.
 
     Returns:
       Features (N, *spatial / strides, features).
+
+    Raises:
+      UserError: If there is a norm and `train` is not told.
     """
     shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
     kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
@@ -71,16 +79,23 @@ class Conv(nn.Module):
     x = x.astype(dtype)
     if norm is None:
       return self._biased(x, kernel, bias)
-    if train or self.is_initializing():
+    if train is None:
+      raise UserError('a convolution with a norm must be told train=True or train=False.')
+    if train or self.is_initializing() or type(norm) is not BatchNorm:
       return norm(self._biased(x, kernel, bias), train=train)
     features = jax.ShapeDtypeStruct((*x.shape[:-1], self.features), dtype)
     scale, offset = norm.affine(features, train=False)
     if bias is not None:
       offset += lax.expand_dims(bias, range(x.ndim - 1)) * scale
-    y = lax.platform_dependent(
-      x, kernel, scale, offset, cuda=self._mapped_inside, default=self._then_mapped
+    result = functools.partial(jnp.asarray, dtype=norm.dtype or dtype)
+    return by_platform(
+      x,
+      kernel,
+      scale,
+      offset,
+      cuda=lambda *inputs: result(self._mapped_inside(*inputs)),
+      default=lambda *inputs: result(self._then_mapped(*inputs)),
     )
-    return y.astype(norm.dtype or dtype)
 
   def _biased(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     y = self._convolved(x, kernel.astype(x.dtype))
@@ -89,8 +104,7 @@ class Conv(nn.Module):
   def _then_mapped(
     self, x: jax.Array, kernel: jax.Array, scale: jax.Array, offset: jax.Array
   ) -> jax.Array:
-    y = self._convolved(x, kernel.astype(x.dtype))
-    return (y.astype(scale.dtype) * scale + offset).astype(x.dtype)
+    return self._convolved(x, kernel.astype(x.dtype)).astype(scale.dtype) * scale + offset
 
   def _mapped_inside(
     self, x: jax.Array, kernel: jax.Array, scale: jax.Array, offset: jax.Array
@@ -102,16 +116,13 @@ class Conv(nn.Module):
     if self.groups == 1 and all(size == 1 for size in self.kernel_size):
       # XLA's CPU convolution runs a 1x1 several times slower than the same matrix product. On a GPU
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
-      return lax.platform_dependent(x, kernel, cpu=self._pointwise, default=self._convolve)
-    if self.groups == self.dilation == 1 and x.ndim == 4 and x.shape[-1] <= few_channels.FEW:
-      if self.strides == 2:
-        cuda = few_channels.space_to_depth
-      elif self.strides == self.features == 1 and x.shape[2] <= few_channels.WIDEST:
-        cuda = few_channels.by_rows
-      else:
-        return self._convolve(x, kernel)
-      return lax.platform_dependent(x, kernel, cuda=cuda, default=self._convolve)
-    return self._convolve(x, kernel)
+      return by_platform(x, kernel, cpu=self._pointwise, default=self._convolve)
+    on_cuda = (
+      few_channels.faster(x, kernel, self.strides) if self.groups == self.dilation == 1 else None
+    )
+    if on_cuda is None:
+      return self._convolve(x, kernel)
+    return by_platform(x, kernel, cuda=on_cuda, default=self._convolve)
 
   def _pointwise(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     steps = (slice(None), *(slice(None, None, self.strides) for _ in self.kernel_size))

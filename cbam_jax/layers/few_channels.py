@@ -6,6 +6,8 @@ maps without those units: either takes longer than the pass over memory that it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,26 @@ from jax import lax
 FEW = 4
 # Beyond this width the products of `by_rows` cost more than they save.
 WIDEST = 128
+
+
+def faster(
+  x: jax.Array, kernel: jax.Array, strides: int
+) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+  """Which of the two below computes the convolution of `x`; None if neither does.
+
+  Args:
+    x: (N, *spatial, C).
+    kernel: (*sides, C, F).
+    strides: Step on every spatial axis.
+  """
+  *sides, c, features = kernel.shape
+  fits = x.ndim == 4 and c <= FEW and all(side % 2 for side in sides)
+  # Exported for images of any size, x has sizes that are no numbers.
+  if not fits or not all(isinstance(size, int) for size in x.shape[1:]):
+    return None
+  if strides == 2:
+    return space_to_depth
+  return by_rows if strides == features == 1 and x.shape[2] <= WIDEST else None
 
 
 def space_to_depth(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -48,6 +70,8 @@ def space_to_depth(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def by_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """The convolution at stride 1 to one channel, each row as a product with a banded matrix.
+
+  What is not finite reaches all of its row.
 
   Args:
     x: (N, H, W, C).

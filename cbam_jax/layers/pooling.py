@@ -75,9 +75,9 @@ def _max_pool_jvp(
 
   places = taps(x, -jnp.inf)
   peak = next(places)
-  position = jnp.zeros(peak.shape, jnp.int8)
+  position = jnp.zeros(peak.shape, jnp.int8 if window**2 <= 128 else jnp.int32)
   for place, value in enumerate(places, 1):
-    position = jnp.where(value > peak, jnp.int8(place), position)
+    position = jnp.where(value > peak, jnp.asarray(place, position.dtype), position)
     peak = jnp.maximum(peak, value)
   # A sum over places, whose transpose spreads a cotangent without the scatter of XLA's derivative.
   picked = jnp.zeros_like(peak)

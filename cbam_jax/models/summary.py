@@ -136,8 +136,8 @@ def _products(jaxpr: core.Jaxpr, outer: str = '') -> Iterator[tuple[list[str], i
       yield scope.split('/'), math.prod(_shape(equation.outvars[0])) * taps
     params = equation.params
     # Of what is written for each platform, the last is what all others compute in their ways.
-    inside = [params['branches'][-1]] if 'branches' in params else params.values()
-    for value in inside:
+    by_platform = params.get('branches_platforms') is not None
+    for value in [params['branches'][-1]] if by_platform else params.values():
       for inner_jaxpr in _sub_jaxprs(value):
         yield from _products(inner_jaxpr, scope)
 

@@ -1,6 +1,8 @@
 """The fused end of a block against its definition, `relu(shortcut + CBAM(norm(x)))`."""
 
 import functools
+import types
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from cbam_jax import CBAM
+from cbam_jax.attention import cbam
 from cbam_jax.attention.fused import _peak, channel_pools, spatial_pools
 from cbam_jax.errors import UserError
 from cbam_jax.layers import BatchNorm
@@ -150,6 +153,38 @@ def test_second_derivatives(x64, implementation):
   assert_close(squared_gradient(implementation), squared_gradient('plain'), 1e-10)
 
 
+# What has a vmapped axis: the features, the shortcut, or parameters of one part.
+@pytest.mark.parametrize('mapped', ['x', 'shortcut', 'norm', 'channel', 'spatial'])
+@pytest.mark.parametrize('implementation', ['xla', 'pallas'])
+def test_gradients_of_vmap(implementation, mapped, x64):
+  x, shortcut = inputs((2, 4, 3, 8), jnp.float64)
+  variables = random_variables(Ending(implementation), x, shortcut, train=False)
+  params = variables['params']
+  several = {'x': x, 'shortcut': shortcut, 'norm': params['norm'], **params['attention']}[mapped]
+  several = jax.tree.map(lambda v: jnp.stack([v, 2 * v, -3 * v]), several)
+
+  def gradients(implementation):
+    def total(given, x, shortcut, params):
+      place = {'x': x, 'shortcut': shortcut}
+      if mapped in ('x', 'shortcut'):
+        place[mapped] = given
+      elif mapped == 'norm':
+        params = {**params, 'norm': given}
+      else:
+        params = {**params, 'attention': {**params['attention'], mapped: given}}
+      y, _ = Ending(implementation).apply(
+        {**variables, 'params': params}, **place, train=True, mutable=['batch_stats']
+      )
+      return jnp.sum(jnp.square(y))
+
+    def summed(*arguments):
+      return jnp.sum(jax.vmap(total, (0, None, None, None))(*arguments))
+
+    return jax.jit(jax.grad(summed, argnums=(0, 1, 2, 3)))(several, x, shortcut, params)
+
+  assert_close(gradients(implementation), gradients('plain'), 1e-10)
+
+
 def test_a_scale_of_zero_takes_the_first_element(x64):
   x, shortcut = inputs((2, 4, 3, 8), jnp.float64)
 
@@ -196,7 +231,7 @@ def test_under_a_negative_scale_the_least_element_is_the_maximum():
 def test_maxima_by_hand():
   x = jnp.array([[[1.0, -2.0, 3.0], [5.0, 5.0, 1.0]]])
   scale, offset = jnp.array([[[1.0, -2.0, 1.0]]]), jnp.array([[[0.0, 0.0, -1.0]]])
-  peak, mean, *_ = spatial_pools(x, scale, offset)
+  peak, mean, _ = spatial_pools(x, scale, offset)
   np.testing.assert_allclose(peak, [[4.0, 5.0]])
   np.testing.assert_allclose(mean, [[7 / 3, -5 / 3]], rtol=1e-6)
   d_x = jax.grad(lambda x: jnp.sum(spatial_pools(x, scale, offset)[0]))(x)
@@ -229,27 +264,64 @@ def test_unknown_implementation():
     CBAM(implementation='fast')
 
 
-def jaxpr_of(ending, x, shortcut):
-  variables = random_variables(ending, x, shortcut, train=False)
+def takes_kernels(x):
+  """Whether 'auto' does."""
+  variables = CBAM().init(jax.random.key(0), jnp.ones((8, 4, 3, x.shape[-1])), train=False)
+  vector = jnp.ones((1, 1, 1, x.shape[-1]))
 
-  def apply(x, shortcut):
-    return ending.apply(variables, x, shortcut, train=False)
+  def end(x):
+    return CBAM().apply(variables, x, vector, vector, x, train=False, method='finish_block')
 
-  return apply, str(jax.make_jaxpr(apply)(x, shortcut))
+  return 'pallas_call' in str(jax.make_jaxpr(end)(x))
 
 
 def test_auto_takes_kernels_on_a_gpu(monkeypatch):
-  x, shortcut = inputs((8, 4, 3, 8), jnp.float32)
-  apply, jaxpr = jaxpr_of(Ending('auto'), x, shortcut)
-  assert 'pallas_call' not in jaxpr
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  assert 'pallas_call' in jaxpr_of(Ending('auto'), x, shortcut)[1]
-  assert 'pallas_call' not in jaxpr_of(Ending('auto'), x[:0], shortcut[:0])[1]
-  # Pallas cannot tell over which axes of a shard_map its outputs vary.
-  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  x = jnp.ones((8, 4, 3, 32))
+  assert not takes_kernels(x)
+  monkeypatch.setattr(cbam, '_has_triton', lambda device: True)
+  assert takes_kernels(x)
+  assert not takes_kernels(x[:0])
+  assert not takes_kernels(x[..., :24])
   by_example = jax.sharding.PartitionSpec('data')
-  mapped = jax.shard_map(apply, mesh=mesh, in_specs=by_example, out_specs=by_example)
-  np.testing.assert_allclose(mapped(x, shortcut), apply(x, shortcut), rtol=1e-5)
+  for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(kind,))
+    split = jax.device_put(x, jax.sharding.NamedSharding(mesh, by_example))
+    assert takes_kernels(split) == (kind == jax.sharding.AxisType.Auto)
+  found = []
+  jax.make_jaxpr(
+    jax.shard_map(
+      lambda x: found.append(takes_kernels(x)) or x,
+      mesh=jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)),
+      in_specs=by_example,
+      out_specs=by_example,
+    )
+  )(x)
+  assert found == [False]
+
+
+class Device(NamedTuple):
+  platform: str
+  compute_capability: str = '9.0'
+  version: str = 'PJRT C API\ncuda 13000'
+
+  @property
+  def client(self):
+    return types.SimpleNamespace(platform_version=self.version)
+
+
+@pytest.mark.parametrize(
+  ('device', 'has'),
+  [
+    (Device('gpu'), True),
+    (Device('gpu', '8.0'), True),
+    (Device('gpu', '7.5'), False),
+    (Device('gpu', 'gfx90a', 'PJRT C API\nrocm 70000'), False),
+    (Device('cpu'), False),
+    ('cpu', False),
+  ],
+)
+def test_which_devices_have_triton(device, has):
+  assert cbam._has_triton(device) is has
 
 
 def test_stores_no_more_than_the_plain_network():

@@ -12,6 +12,7 @@ import safetensors.numpy
 from jax import export
 
 from cbam_jax import CBAM, UserError, create_model, to_torch
+from cbam_jax.attention import cbam
 from cbam_jax.cli import main
 from cbam_jax.errors import MissingExtraError, RunError
 from cbam_jax.interop.export import (
@@ -121,7 +122,7 @@ def test_kernels_of_one_platform_are_left_out():
 
 
 def test_kernels_of_a_gpu_stay_there(monkeypatch):
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(cbam, '_has_triton', lambda device: True)
   assert_lowers('resnet18', 'cbam')
 
 

@@ -4,12 +4,14 @@ import re
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cbam_jax import create_model
-from cbam_jax.layers import BatchNorm, Conv
+from cbam_jax.errors import UserError
+from cbam_jax.layers import BatchNorm, Conv, any_platform, convolution
 from tests.layers.random_variables import random_features, random_variables
 
 SPATIAL = (11, 8, 6)
@@ -147,8 +149,8 @@ class Normalized(nn.Module):
 def as_on_a_gpu(monkeypatch):
   """Takes what a GPU would compute, on the CPU."""
   monkeypatch.setattr(
-    jax.lax,
-    'platform_dependent',
+    convolution,
+    'by_platform',
     lambda *inputs, default, cpu=None, cuda=None: (cuda or default)(*inputs),
   )
 
@@ -156,11 +158,12 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize('train', [False, True])
 @pytest.mark.parametrize('use_bias', [False, True])
 @pytest.mark.parametrize(
-  ('size', 'groups', 'strides'), [(1, 1, 1), (1, 1, 2), (3, 1, 1), (3, 6, 2), (7, 2, 2)]
+  ('size', 'groups', 'strides', 'channels'),
+  [(1, 1, 1, 6), (1, 1, 2, 6), (3, 1, 1, 6), (3, 6, 2, 6), (7, 2, 2, 6), (7, 1, 2, 3)],
 )
 @pytest.mark.usefixtures('as_on_a_gpu')
-def test_with_a_norm(size, groups, strides, use_bias, train, x64):
-  x = random_features((4, 9, 8, 6))
+def test_with_a_norm(size, groups, strides, channels, use_bias, train, x64):
+  x = random_features((4, 9, 8, channels))
   conv = Conv(12, (size, size), strides, groups=groups, use_bias=use_bias, param_dtype=jnp.float64)
   norm = BatchNorm(param_dtype=jnp.float64)
   variables = random_variables(Normalized(conv, norm), x, train=False)
@@ -198,3 +201,65 @@ def test_networks_are_the_same_on_a_gpu(name, attention, monkeypatch, request, x
   request.getfixturevalue('as_on_a_gpu')
   on_a_gpu = jax.jit(functools.partial(model.apply, train=False))(variables, x)
   np.testing.assert_allclose(on_a_gpu, on_a_cpu, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('axes', [1, 3])
+@pytest.mark.usefixtures('as_on_a_gpu')
+def test_with_a_norm_over_other_axes(axes, x64):
+  x = random_features((2, *SPATIAL[:axes], 3))
+  conv = Conv(4, (3,) * axes, dilation=2, param_dtype=jnp.float64)
+  norm = BatchNorm(param_dtype=jnp.float64)
+  variables = random_variables(Normalized(conv, norm), x, train=False)
+  inside, apart = (Normalized(conv, norm, a).apply(variables, x, train=False) for a in (0, 1))
+  np.testing.assert_allclose(inside, apart, rtol=1e-10, atol=1e-12)
+
+
+def test_the_type_is_the_norms():
+  x = random_features((2, 5, 5, 6)).astype(jnp.float32)
+  module = Normalized(Conv(4, (3, 3), dtype=jnp.bfloat16), BatchNorm(dtype=jnp.float32))
+  variables = random_variables(module, x, train=False)
+  y = module.apply(variables, x, train=False)
+  assert y.dtype == jnp.float32
+  apart = module.clone(apart=True).apply(variables, x, train=False)
+  np.testing.assert_array_equal(y, apart)
+
+
+def test_another_norm_is_called():
+  class Doubled(BatchNorm):
+    def __call__(self, x, *, train):
+      return 2 * super().__call__(x, train=train)
+
+  x = random_features((2, 5, 5, 6)).astype(jnp.float32)
+  module = Normalized(Conv(4, (3, 3)), BatchNorm())
+  variables = random_variables(module, x, train=False)
+  doubled = module.clone(norm=Doubled()).apply(variables, x, train=False)
+  np.testing.assert_allclose(doubled, 2 * module.apply(variables, x, train=False), rtol=1e-6)
+
+
+def test_a_norm_needs_to_be_told():
+  with pytest.raises(UserError, match='train=True or train=False'):
+    Conv(4, (3, 3)).init(jax.random.key(0), jnp.ones((2, 5, 5, 6)), BatchNorm())
+
+
+@pytest.mark.parametrize(('features', 'size', 'strides'), [(8, 2, 2), (1, 4, 1), (8, 3, 2)])
+def test_few_channels_and_any_size(features, size, strides):
+  conv, x = Conv(features, (size, size), strides), jnp.ones((1, 9, 12, 3))
+  variables = random_variables(conv, x)
+  assert conv.apply(variables, x).shape[0] == 1
+  height, width = jax.export.symbolic_shape('h, w')
+  symbolic = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+  exported = jax.export.export(jax.jit(conv.apply), platforms=('cpu', 'cuda'))(variables, symbolic)
+  np.testing.assert_allclose(exported.call(variables, x), conv.apply(variables, x), rtol=1e-5)
+
+
+def test_any_platform_holds_no_choice():
+  model = create_model('resnet18', attention='cbam', num_classes=10)
+  x = jnp.ones((1, 64, 64, 3))
+  variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
+
+  def jaxpr():
+    return str(jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, x))
+
+  assert 'platform_index' in jaxpr()
+  with any_platform():
+    assert 'platform_index' not in jaxpr()

@@ -130,3 +130,21 @@ def test_max_pool(window, strides, padding):
 def test_max_pool_ties_go_to_the_first():
   gradient = jax.grad(lambda x: jnp.sum(max_pool(x, 2, 2)))(jnp.zeros((1, 2, 2, 1)))
   np.testing.assert_array_equal(gradient.ravel(), [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+  ('window', 'strides', 'padding'), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0), (12, 12, 0)]
+)
+@pytest.mark.parametrize('size', [(24, 24), (25, 13)])
+def test_max_pool_gradient_is_the_scatters(size, window, strides, padding):
+  x = jnp.round(2 * jax.random.normal(jax.random.key(0), (2, *size, 3)))  # many ties
+  ours = functools.partial(max_pool, window=window, strides=strides, padding=padding)
+  theirs = functools.partial(
+    nn.max_pool,
+    window_shape=(window, window),
+    strides=(strides, strides),
+    padding=[(padding, padding)] * 2,
+  )
+  cotangent = jax.random.normal(jax.random.key(1), ours(x).shape)
+  gradients = [jax.jit(lambda x, f=f: jax.vjp(f, x)[1](cotangent)[0])(x) for f in (ours, theirs)]
+  np.testing.assert_allclose(*gradients, rtol=1e-6, atol=1e-6)
