@@ -180,11 +180,10 @@ def _mapped_as(x: jax.Array, *vectors: jax.Array) -> jax.Array:
   """`x`, on whose `vmap`ped axis each of `vectors` is.
 
   Their cotangents are made of that of `x`, which `vmap` would sum over an axis that `x` has not.
-  Whole numbers times nothing are nothing, and the compiler knows it.
+  The compiler sees that nothing is ever chosen but `x`.
   """
   for vector in vectors:
-    bits = lax.bitcast_convert_type(vector, f'int{8 * vector.dtype.itemsize}')
-    x = jnp.where(bits & 0 != 0, jnp.zeros((), x.dtype), x)
+    x = jnp.where(jnp.isnan(vector) & False, jnp.zeros((), x.dtype), x)
   return x
 
 

@@ -215,7 +215,7 @@ def test_with_a_norm_over_other_axes(axes, x64):
 
 
 def test_the_type_is_the_norms():
-  x = random_features((2, 5, 5, 6)).astype(jnp.float32)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 5, 6))
   module = Normalized(Conv(4, (3, 3), dtype=jnp.bfloat16), BatchNorm(dtype=jnp.float32))
   variables = random_variables(module, x, train=False)
   y = module.apply(variables, x, train=False)
@@ -229,7 +229,7 @@ def test_another_norm_is_called():
     def __call__(self, x, *, train):
       return 2 * super().__call__(x, train=train)
 
-  x = random_features((2, 5, 5, 6)).astype(jnp.float32)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 5, 6))
   module = Normalized(Conv(4, (3, 3)), BatchNorm())
   variables = random_variables(module, x, train=False)
   doubled = module.clone(norm=Doubled()).apply(variables, x, train=False)
