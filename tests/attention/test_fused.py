@@ -136,7 +136,7 @@ def test_jit_changes_no_gradient(x64):
   assert_close(jitted, eager, 1e-12)
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'pallas'])
+@pytest.mark.parametrize('implementation', ['xla', pytest.param('pallas', marks=pytest.mark.slow)])
 def test_second_derivatives(x64, implementation):
   x, shortcut = inputs((2, 4, 3, 8), jnp.float64)
 
@@ -155,7 +155,7 @@ def test_second_derivatives(x64, implementation):
 
 # What has a vmapped axis: the features, the shortcut, or parameters of one part.
 @pytest.mark.parametrize('mapped', ['x', 'shortcut', 'norm', 'channel', 'spatial'])
-@pytest.mark.parametrize('implementation', ['xla', 'pallas'])
+@pytest.mark.parametrize('implementation', ['xla', pytest.param('pallas', marks=pytest.mark.slow)])
 def test_gradients_of_vmap(implementation, mapped, x64):
   x, shortcut = inputs((2, 4, 3, 8), jnp.float64)
   variables = random_variables(Ending(implementation), x, shortcut, train=False)

@@ -189,8 +189,15 @@ def test_a_gpu_normalizes_within_the_convolution():
   assert not re.search(r'multiply.*tensor<4x9x8x12xf32>', text)
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v1'])
-@pytest.mark.parametrize('attention', ['cbam', 'bam'])
+@pytest.mark.parametrize(
+  ('name', 'attention'),
+  [
+    ('resnet18', 'cbam'),
+    pytest.param('resnet18', 'bam', marks=pytest.mark.slow),
+    pytest.param('mobilenet_v1', 'cbam', marks=pytest.mark.slow),
+    pytest.param('resnext50_32x4d', 'se', marks=pytest.mark.slow),
+  ],
+)
 def test_networks_are_the_same_on_a_gpu(name, attention, monkeypatch, request, x64):
   model = create_model(
     name, attention=attention, num_classes=10, dtype=jnp.float64, param_dtype=jnp.float64
