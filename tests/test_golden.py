@@ -259,6 +259,8 @@ SLOW_IN_FLOAT32 = (
   'official_imagenet_resnet18_cbam',
   'official_imagenet_resnet50_none',
   'official_imagenet_resnet50_bam',
+  'timm_resnet50_cbam',
+  'torchvision_resnext50_32x4d',
   'torchvision_vgg16',
 )
 
@@ -285,6 +287,7 @@ TRAJECTORY = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_trajectory(prepare, weights, x64):
   """Eight steps of SGD with momentum 0.9 and weight decay 1e-4 on every parameter."""
   ready = prepare(TRAJECTORY, jnp.float64)

@@ -154,7 +154,15 @@ def test_second_derivatives(x64, implementation):
 
 
 # What has a vmapped axis: the features, the shortcut, or parameters of one part.
-@pytest.mark.parametrize('mapped', ['x', 'shortcut', 'norm', 'channel', 'spatial'])
+@pytest.mark.parametrize(
+  'mapped',
+  [
+    'x',
+    'channel',
+    'spatial',
+    *(pytest.param(v, marks=pytest.mark.slow) for v in ('shortcut', 'norm')),
+  ],
+)
 @pytest.mark.parametrize('implementation', ['xla', pytest.param('pallas', marks=pytest.mark.slow)])
 def test_gradients_of_vmap(implementation, mapped, x64):
   x, shortcut = inputs((2, 4, 3, 8), jnp.float64)

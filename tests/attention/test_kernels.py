@@ -138,12 +138,13 @@ def test_each_device_takes_its_own_examples():
 def test_vmap():
   x, one = integers((3, 2, 49, 32)), jnp.ones((1, 1, 32))
 
+  @jax.jit
   def run(x):
     return both(x, one), gradient_sums(x)
 
   jax.tree.map(
     np.testing.assert_array_equal,
-    jax.vmap(run)(x),
+    jax.jit(jax.vmap(run))(x),
     jax.tree.map(lambda *each: jnp.stack(each), *(run(some) for some in x)),
   )
 

@@ -311,6 +311,7 @@ def test_evaluate_needs_a_data_set_that_fits(refused, home, tmp_path):
 # ---- convert ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_of_arrays_does_not_tell_what_images_are(tmp_path, refused):
   model = create_model('resnet18', attention='cbam', **FIELDS)
   variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)

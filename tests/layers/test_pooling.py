@@ -92,7 +92,9 @@ class Gated(nn.Module):
 
 # With jnp.max in place of max_over_axis, gradients are 3 % off at this shape (jax 0.10.2, x86).
 # Not every shape shows it: 8x8 and 16 to 64 features do not.
-@pytest.mark.parametrize('attention', [CBAM, ChannelAttention, SpatialAttention])
+@pytest.mark.parametrize(
+  'attention', [pytest.param(CBAM, marks=pytest.mark.slow), ChannelAttention, SpatialAttention]
+)
 def test_gradients_under_jit_are_those_without(attention, x64):
   side, inputs, features = 7, 64, 256
   module = Gated(attention(param_dtype=jnp.float64), features)
