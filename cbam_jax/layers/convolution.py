@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -86,16 +85,10 @@ class Conv(nn.Module):
     features = jax.ShapeDtypeStruct((*x.shape[:-1], self.features), dtype)
     scale, offset = norm.affine(features, train=False)
     if bias is not None:
-      offset += lax.expand_dims(bias, range(x.ndim - 1)) * scale
-    result = functools.partial(jnp.asarray, dtype=norm.dtype or dtype)
-    return by_platform(
-      x,
-      kernel,
-      scale,
-      offset,
-      cuda=lambda *inputs: result(self._mapped_inside(*inputs)),
-      default=lambda *inputs: result(self._then_mapped(*inputs)),
-    )
+      offset += lax.expand_dims(bias.astype(scale.dtype), range(x.ndim - 1)) * scale
+    inputs = x, kernel, scale, offset
+    y = by_platform(*inputs, cuda=self._mapped_inside, default=self._then_mapped)
+    return y.astype(norm.dtype or dtype)
 
   def _biased(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     y = self._convolved(x, kernel.astype(x.dtype))
@@ -110,7 +103,7 @@ class Conv(nn.Module):
     self, x: jax.Array, kernel: jax.Array, scale: jax.Array, offset: jax.Array
   ) -> jax.Array:
     kernel = (kernel * scale).astype(x.dtype)
-    return self._convolved(x, kernel) + offset.astype(x.dtype)
+    return (self._convolved(x, kernel) + offset.astype(x.dtype)).astype(scale.dtype)
 
   def _convolved(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     if self.groups == 1 and all(size == 1 for size in self.kernel_size):
