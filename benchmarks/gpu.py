@@ -43,12 +43,18 @@ IMPLEMENTATIONS = ('plain', 'xla', 'pallas')
 PASSES = {'forward': 5, 'gradient': 5 + 9}
 
 
-def ours(attention: str, implementation: str, images: np.ndarray, step: str) -> Runner:
+# What runs, and its temporary memory in bytes.
+Peer = tuple[Runner, int]
+
+
+def ours(attention: str, implementation: str, images: np.ndarray, step: str) -> Peer:
   """Our ResNet-50."""
   if attention == 'cbam':
     attention = functools.partial(cbam_jax.CBAM, implementation=implementation)
   model = cbam_jax.create_model('resnet50', attention=attention, dtype=jnp.bfloat16)
-  return compiled(model, images, step, any_values)
+  run, program = compiled(model, images, step, any_values)
+  run()
+  return run, program.memory_analysis().temp_size_in_bytes
 
 
 def any_values(make: Callable[[], Any]) -> Any:
@@ -66,7 +72,7 @@ def any_values(make: Callable[[], Any]) -> Any:
   return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(make))
 
 
-def pytorch(attention: str, images: np.ndarray, step: str, device: str) -> Runner:
+def pytorch(attention: str, images: np.ndarray, step: str, device: str) -> Peer:
   """timm's ResNet-50 by `torch.compile`, channels last, under autocast."""
   torch.manual_seed(0)
   module = network('resnet50', attention).to(device, memory_format=torch.channels_last)
@@ -94,42 +100,42 @@ def pytorch(attention: str, images: np.ndarray, step: str, device: str) -> Runne
     optimizer.step()
     wait()
 
-  return forward if step == 'forward' else train
+  run = forward if step == 'forward' else train
+  run()
+  if device != 'cuda':
+    return run, 0
+  before = torch.cuda.memory_allocated()
+  torch.cuda.reset_peak_memory_stats()
+  run()
+  return run, torch.cuda.max_memory_allocated() - before
 
 
 def networks(
   images: np.ndarray, rounds: int, threads: concurrent.futures.Executor, device: str
 ) -> dict[tuple[str, str], Runner]:
   """Prints images a second; returns our train steps by attention and implementation."""
-  print('| ResNet-50 | step | peer | ms | images/s | times PyTorch |\n|---|---|---|---|---|---|')
+  print('| ResNet-50 | step | peer | ms | images/s | times PyTorch | temporary GB |')
+  print('|---|---|---|---|---|---|---|')
   steps = {}
   for attention, step in itertools.product(('none', 'cbam'), ('train', 'forward')):
     ours_by_implementation = {
-      implementation: threads.submit(
-        warm, functools.partial(ours, attention, implementation, images, step)
-      )
+      implementation: threads.submit(ours, attention, implementation, images, step)
       for implementation in (IMPLEMENTATIONS if attention == 'cbam' else ('xla',))
     }
-    peers = {'PyTorch': warm(functools.partial(pytorch, attention, images, step, device))}
+    peers = {'PyTorch': pytorch(attention, images, step, device)}
     for implementation, compiling in ours_by_implementation.items():
       peers[f'cbam_jax, {implementation}'] = compiling.result()
       if step == 'train':
-        steps[attention, implementation] = compiling.result()
-    seconds = {name: statistics.median(s) for name, s in measure(peers, rounds).items()}
+        steps[attention, implementation], _ = compiling.result()
+    runners = {name: run for name, (run, _) in peers.items()}
+    seconds = {name: statistics.median(s) for name, s in measure(runners, rounds).items()}
     for name, s in seconds.items():
       print(
         f'| {attention} | {step} | {name} | {1e3 * s:.2f} | {len(images) / s:.0f} '
-        f'| {seconds["PyTorch"] / s:.2f} |',
+        f'| {seconds["PyTorch"] / s:.2f} | {peers[name][1] / 1e9:.2f} |',
         flush=True,
       )
   return steps
-
-
-def warm(make: Callable[[], Runner]) -> Runner:
-  """A runner that has compiled what it runs."""
-  run = make()
-  run()
-  return run
 
 
 def timed(function: Runner, repeats: int = 20) -> float:

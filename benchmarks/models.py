@@ -47,27 +47,28 @@ def compiled(
   images: np.ndarray,
   step: str,
   values: Callable[[Callable[[], Any]], Any] = train_step.initial,
-) -> Runner:
-  """Runs a network of ours, with the values that `values` makes (see `train_step.make`)."""
+) -> tuple[Runner, jax.stages.Compiled]:
+  """A network of ours, with the values that `values` makes (see `train_step.make`)."""
   nhwc = jnp.asarray(images.transpose(0, 2, 3, 1))
   if step == 'forward':
     variables = values(lambda: model.init(jax.random.key(0), nhwc[:1], train=False))
-    forward = jax.jit(functools.partial(model.apply, train=False))
-    return lambda: jax.block_until_ready(forward(variables, nhwc))
+    forward = jax.jit(functools.partial(model.apply, train=False)).lower(variables, nhwc).compile()
+    return lambda: jax.block_until_ready(forward(variables, nhwc)), forward
 
-  one_step, state, batch = train_step.make(model, nhwc, values)
+  step_function, state, batch = train_step.make(model, nhwc, values)
+  one_step = step_function.lower(state, batch).compile()
 
   def run() -> None:
     nonlocal state
     state, metrics = one_step(state, batch)
     jax.block_until_ready((state, metrics))
 
-  return run
+  return run, one_step
 
 
 def ours(name: str, attention: str, images: np.ndarray, step: str) -> Runner:
   """Our network."""
-  return compiled(cbam_jax.create_model(name, attention=attention), images, step)
+  return compiled(cbam_jax.create_model(name, attention=attention), images, step)[0]
 
 
 def definition(name: str, attention: str, images: np.ndarray, step: str) -> Runner:
@@ -77,10 +78,8 @@ def definition(name: str, attention: str, images: np.ndarray, step: str) -> Runn
     return cbam_jax.CBAM(implementation='plain', name=name)
 
   model = cbam_jax.create_model(name, attention=plain if attention == 'cbam' else attention)
-  run = compiled(model, images, step)
   with mock.patch.object(Conv, '_pointwise', Conv._convolve):
-    run()
-  return run
+    return compiled(model, images, step)[0]
 
 
 def pytorch(
