@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,9 +44,10 @@ class CBAM(nn.Module):
     implementation: How a residual block of this package ends with it. 'plain': as the definition
       reads, which forward-mode derivatives need. 'xla': fused with the batch norm before it and the
       sum after it, in few passes over memory. 'pallas': the same with Pallas kernels for what it
-      reduces, on an NVIDIA GPU since Ampere (on a TPU it was compiled, not run). 'auto': for the
-      paper's own CBAM 'pallas' on such a GPU, unless in a shard_map or on a mesh of explicit axes,
-      else 'xla'; for other choices 'plain'.
+      reduces, on an NVIDIA GPU since Ampere (on a TPU it was compiled, not run), by Pallas's Triton
+      backend, which JAX means to remove. 'auto': for the paper's own CBAM 'pallas' on such a GPU
+      as long as JAX has it, unless in a shard_map or on a mesh of explicit axes, else 'xla'; for
+      other choices 'plain'.
     dtype: Type of the output; None follows the input. Pools and gates are float32 at the least.
     param_dtype: Type in which parameters are stored.
 
@@ -179,7 +181,9 @@ def _kernels_pay(x: jax.Array) -> bool:
 
 
 def _has_triton(device: Any) -> bool:
-  """Whether it is a GPU of NVIDIA's, Ampere or later."""
+  """Whether it is a GPU of NVIDIA's, Ampere or later, and JAX still has Pallas's Triton backend."""
   if getattr(device, 'platform', device) != 'gpu' or 'cuda' not in device.client.platform_version:
     return False
-  return float(device.compute_capability) >= 8
+  # Deprecated since JAX 0.11, to be removed in a later release.
+  backend = importlib.util.find_spec('jax.experimental.pallas.triton')
+  return float(device.compute_capability) >= 8 and backend is not None

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbam_jax.errors import UserError
 from cbam_jax.layers import at_least_float32
 
 
@@ -77,7 +78,13 @@ def _reduced(pallas: bool, name: str, definition: Callable[..., Any], *inputs: j
 @functools.cache
 def _kernel(name: str, definition: Callable[..., Any]) -> Callable[..., Any]:
   # Imported when they are asked for: Pallas takes a while, and no other implementation needs it.
-  from cbam_jax.attention import kernels
+  try:
+    from cbam_jax.attention import kernels
+  except ImportError as error:
+    raise UserError(
+      "implementation='pallas' needs Pallas's Triton backend, which JAX "
+      f"{jax.__version__} does not have: take 'auto' or 'xla', or an older JAX."
+    ) from error
 
   kernel = jax.custom_jvp(getattr(kernels, name))
 

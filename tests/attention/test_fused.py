@@ -1,6 +1,7 @@
 """The fused end of a block against its definition, `relu(shortcut + CBAM(norm(x)))`."""
 
 import functools
+import sys
 import types
 from typing import NamedTuple
 
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 
-from cbam_jax import CBAM
-from cbam_jax.attention import cbam
+from cbam_jax import CBAM, attention
+from cbam_jax.attention import cbam, fused
 from cbam_jax.attention.fused import _peak, channel_pools, spatial_pools
 from cbam_jax.errors import UserError
 from cbam_jax.layers import BatchNorm
@@ -330,6 +332,18 @@ class Device(NamedTuple):
 )
 def test_which_devices_have_triton(device, has):
   assert cbam._has_triton(device) is has
+
+
+def test_a_jax_without_triton(monkeypatch):
+  monkeypatch.delattr(pallas, 'triton', raising=False)
+  monkeypatch.setitem(sys.modules, 'jax.experimental.pallas.triton', None)
+  monkeypatch.delattr(attention, 'kernels', raising=False)
+  monkeypatch.delitem(sys.modules, 'cbam_jax.attention.kernels', raising=False)
+  fused._kernel.cache_clear()
+  assert not cbam._has_triton(Device('gpu'))
+  x, shortcut = inputs((2, 3, 16), jnp.float32)
+  with pytest.raises(UserError, match=r"Pallas's Triton backend.*'xla'"):
+    jax.eval_shape(functools.partial(outputs, Ending('pallas'), train=True), x, shortcut)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason='older compilers store 6 % more')
