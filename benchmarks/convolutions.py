@@ -1,7 +1,8 @@
-"""The convolutions of ResNet-50 alone, forward, in XLA and in PyTorch, on the same CPU.
+"""The convolutions of ResNet-50 alone, and their gradients, in XLA and in PyTorch, on the same CPU.
 
-Their sum in XLA is a floor for the network's forward pass: normalisation, attention and everything
-else comes on top. A 1x1 convolution is a matrix product, as in cbam_jax.
+Their sum in XLA is a floor for the network's forward pass, and with the gradients for its train
+step: normalisation, attention and everything else comes on top. A 1x1 convolution is a matrix
+product, as in cbam_jax.
 
   pip install 'cbam-jax[train,bench]'
   python benchmarks/convolutions.py
@@ -9,7 +10,7 @@ else comes on top. A 1x1 convolution is a matrix product, as in cbam_jax.
 
 import argparse
 import collections
-import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -40,26 +41,43 @@ def layers() -> collections.Counter[Layer]:
   return counts
 
 
-def in_xla(x: np.ndarray, kernel: np.ndarray, stride: int) -> Runner:
-  """Our convolution."""
+def in_xla(x: np.ndarray, kernel: np.ndarray, stride: int) -> dict[str, Runner]:
+  """Our convolution, and its gradients by input and kernel."""
   conv = Conv(kernel.shape[3], kernel.shape[:2], stride)
-  variables = {'params': {'kernel': jnp.asarray(kernel)}}
-  run = jax.jit(functools.partial(conv.apply, variables))
-  images = jnp.asarray(x)
-  return lambda: jax.block_until_ready(run(images))
+
+  def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return conv.apply({'params': {'kernel': kernel}}, x)
+
+  def gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.vjp(forward, x, kernel)[1](dy)
+
+  inputs = jnp.asarray(x), jnp.asarray(kernel)
+  run, run_back = jax.jit(forward), jax.jit(gradients)
+  dy = run(*inputs)
+  return {
+    'forward': lambda: jax.block_until_ready(run(*inputs)),
+    'gradients': lambda: jax.block_until_ready(run_back(*inputs, dy)),
+  }
 
 
-def in_pytorch(x: np.ndarray, kernel: np.ndarray, stride: int) -> Runner:
+def in_pytorch(x: np.ndarray, kernel: np.ndarray, stride: int) -> dict[str, Runner]:
   """PyTorch's, channels last."""
   images = torch.from_numpy(x).permute(0, 3, 1, 2)
   weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
   weight = weight.contiguous(memory_format=torch.channels_last)
+  steps, padding = [stride] * 2, [kernel.shape[0] // 2] * 2
+  dy = torch.nn.functional.conv2d(images, weight, stride=steps, padding=padding)
 
   def run() -> None:
     with torch.inference_mode():
-      torch.nn.functional.conv2d(images, weight, stride=stride, padding=kernel.shape[0] // 2)
+      torch.nn.functional.conv2d(images, weight, stride=steps, padding=padding)
 
-  return run
+  def run_back() -> None:
+    torch.ops.aten.convolution_backward(
+      dy, images, weight, None, steps, padding, [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+
+  return {'forward': run, 'gradients': run_back}
 
 
 def main() -> None:
@@ -69,32 +87,33 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=7)
   args = parser.parse_args()
 
-  print('| times | features | kernel | XLA, ms | PyTorch, ms | XLA, GFLOP/s | PyTorch, GFLOP/s |')
-  print('|---|---|---|---|---|---|---|')
+  print('| times | features | kernel | pass | XLA, ms | PyTorch, ms | XLA, GFLOP/s | PyTorch |')
+  print('|---|---|---|---|---|---|---|---|')
   rng = np.random.default_rng(0)
-  totals: collections.Counter[str] = collections.Counter()
+  totals: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
   for (reduction, size, stride, channels, features), count in layers().items():
     side = args.image_size // reduction
     x = rng.standard_normal((args.batch_size, side, side, channels), np.float32)
     kernel = rng.standard_normal((size, size, channels, features), np.float32)
     peers = {'XLA': in_xla(x, kernel, stride), 'PyTorch': in_pytorch(x, kernel, stride)}
-    # The least, since this is a floor.
-    seconds = {name: min(times) for name, times in measure(peers, args.rounds, 0.05).items()}
-    flops = 2 * x.size / stride**2 * size**2 * features
-    for name, s in seconds.items():
-      totals[name] += count * s
-    totals['FLOP'] += count * flops
-    print(
-      f'| {count} | {side}x{side}x{channels} | {size}x{size} / {stride}, {features} '
-      f'| {1e3 * seconds["XLA"]:.1f} | {1e3 * seconds["PyTorch"]:.1f} '
-      f'| {flops / seconds["XLA"] / 1e9:.0f} | {flops / seconds["PyTorch"] / 1e9:.0f} |',
-      flush=True,
-    )
-  print(
-    f'| | all {totals["FLOP"] / 1e9:.0f} GFLOP | | {1e3 * totals["XLA"]:.0f} '
-    f'| {1e3 * totals["PyTorch"]:.0f} | {totals["FLOP"] / totals["XLA"] / 1e9:.0f} '
-    f'| {totals["FLOP"] / totals["PyTorch"] / 1e9:.0f} |'
-  )
+    for name, times in (('forward', 1), ('gradients', 2)):
+      runners = {peer: passes[name] for peer, passes in peers.items()}
+      # The least, since this is a floor.
+      seconds = {peer: min(s) for peer, s in measure(runners, args.rounds, 0.05).items()}
+      flops = times * 2 * x.size / stride**2 * size**2 * features
+      totals[name].update({peer: count * s for peer, s in seconds.items()}, FLOP=count * flops)
+      what = f'{count} | {side}x{side}x{channels} | {size}x{size} / {stride}, {features}'
+      print(row(what, name, {**seconds, 'FLOP': flops}), flush=True)
+  for name, total in totals.items():
+    print(row(f'| all, {total["FLOP"] / 1e9:.0f} GFLOP |', name, total))
+
+
+def row(what: str, name: str, of: Mapping[str, float]) -> str:
+  """A line of the table, from seconds and FLOP."""
+  peers = ('XLA', 'PyTorch')
+  cells = [f'{1e3 * of[peer]:.1f}' for peer in peers]
+  cells += [f'{of["FLOP"] / of[peer] / 1e9:.0f}' for peer in peers]
+  return f'| {what} | {name} | {" | ".join(cells)} |'
 
 
 if __name__ == '__main__':
