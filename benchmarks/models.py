@@ -180,7 +180,9 @@ def main() -> None:
   parser.add_argument('--batch-size', type=int, default=16)
   parser.add_argument('--image-size', type=int, default=224)
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--skip', nargs='+', default=[], help='peers whose names hold one of these')
+  parser.add_argument(
+    '--skip', nargs='+', default=[], help='other peers whose names hold one of these'
+  )
   args = parser.parse_args()
 
   device = jax.devices()[0].device_kind
@@ -199,7 +201,7 @@ def main() -> None:
         makers = {
           peer: make
           for peer, make in peers(name, attention, images, step).items()
-          if not any(word in peer for word in args.skip)
+          if peer == 'cbam_jax' or not any(word in peer for word in args.skip)
         }
         seconds = measure({peer: make() for peer, make in makers.items()}, args.rounds)
         for peer, make in makers.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,23 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
   allowed = list(allowed)
   if value not in allowed:
     raise UserError(f'{what} is {value!r}; allowed: {", ".join(allowed)}.{near(value, allowed)}')
+
+
+def whole(what: str, value: Any) -> int:
+  """`value` as an int, NumPy's integers too, or `UserError` unless it is at least 1."""
+  if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    raise UserError(f'{what} is {value!r}; it must be an integer of at least 1.')
+  return int(value)
+
+
+def check_dtypes(what: str, *dtypes: Any) -> None:
+  """Raises `UserError` unless each of `dtypes` is None or a floating type."""
+  for dtype in dtypes:
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+      raise UserError(
+        f'{what} has dtype {jnp.dtype(dtype).name!r}; it computes, and stores its parameters, in '
+        'floating point: float32, bfloat16, float16 or float64.'
+      )
 
 
 def check_problems(what: str, problems: Mapping[str, Sequence[str]], remedy: str) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbam_jax.attention.mlp import check_reduction, hidden_size, torch_linear_init
-from cbam_jax.errors import check_choice, check_feature_map
+from cbam_jax.errors import check_choice, check_dtypes, check_feature_map, whole
 from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32
 
 COMBINATIONS = ('product', 'sum')
@@ -72,7 +72,7 @@ class BAM(nn.Module):
     param_dtype: Type in which parameters are stored.
 
   Raises:
-    UserError: On an unknown combination or a reduction under 1.
+    UserError: On an unknown combination, or a reduction, a dilation or a group under 1.
   """
 
   reduction: float = 16
@@ -85,6 +85,10 @@ class BAM(nn.Module):
   def __post_init__(self) -> None:
     check_reduction(type(self).__name__, self.reduction)
     check_choice('the combination of BAM', self.combine, COMBINATIONS)
+    self.dilation = whole("BAM's dilation", self.dilation)
+    if self.group_size is not None:
+      self.group_size = whole('group_size', self.group_size)
+    check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
     super().__post_init__()
 
   @nn.compact

@@ -16,7 +16,7 @@ from cbam_jax.attention.channel import ChannelAttention
 from cbam_jax.attention.fused import refine_and_add
 from cbam_jax.attention.gating import gate
 from cbam_jax.attention.spatial import SpatialAttention
-from cbam_jax.errors import UserError, check_choice
+from cbam_jax.errors import UserError, check_choice, check_feature_map
 from cbam_jax.layers import Dtype
 
 IMPLEMENTATIONS = ('auto', 'plain', 'xla', 'pallas')
@@ -72,7 +72,7 @@ class CBAM(nn.Module):
     check_choice('the order of CBAM', self.order, ORDERS)
     check_choice('the implementation of CBAM', self.implementation, IMPLEMENTATIONS)
     # Unattached copies of the parts, so that their fields are checked here and not in a trace.
-    self._channel(parent=None)
+    self.pools = self._channel(parent=None).pools
     self._spatial(parent=None)
     if self.implementation in ('xla', 'pallas') and not self.fusible:
       raise UserError(
@@ -94,7 +94,7 @@ class CBAM(nn.Module):
     """Whether `finish_block` computes this CBAM."""
     return (
       self.order == 'channel_first'
-      and tuple(self.pools) == ('avg', 'max')
+      and self.pools == ('avg', 'max')
       and self.spatial_pool == 'channel'
       and self.dtype is None
     )
@@ -159,7 +159,17 @@ class CBAM(nn.Module):
 
     Returns:
       The block's output, of the shape and type of `shortcut`.
+
+    Raises:
+      UserError: If this CBAM is not `fusible`, or as the call does.
     """
+    if not self.fusible:
+      raise UserError(
+        f'finish_block of CBAM(order={self.order!r}, pools={self.pools!r}, '
+        f'spatial_pool={self.spatial_pool!r}, dtype={self.dtype!r}): only the defaults of these '
+        'are fused. Normalise, call the module, and add the shortcut.'
+      )
+    check_feature_map('CBAM', x)
     return refine_and_add(
       x,
       scale,
@@ -174,6 +184,7 @@ class CBAM(nn.Module):
 def _kernels_pay(x: jax.Array) -> bool:
   """Whether Pallas kernels can take `x`, and are faster: on a GPU that Triton knows."""
   device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+  device = jax.devices(device)[0] if isinstance(device, str) else device
   # Pallas wants to be told how its results lie on what is not left to the compiler.
   meshes = jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh
   automatic = all(kind == AxisType.Auto for mesh in meshes for kind in mesh.axis_types)
@@ -182,7 +193,7 @@ def _kernels_pay(x: jax.Array) -> bool:
 
 def _has_triton(device: Any) -> bool:
   """Whether it is a GPU of NVIDIA's, Ampere or later, and JAX still has Pallas's Triton backend."""
-  if getattr(device, 'platform', device) != 'gpu' or 'cuda' not in device.client.platform_version:
+  if device.platform != 'gpu' or 'cuda' not in device.client.platform_version:
     return False
   # Deprecated since JAX 0.11, to be removed in a later release.
   backend = importlib.util.find_spec('jax.experimental.pallas.triton')

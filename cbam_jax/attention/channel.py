@@ -12,7 +12,7 @@ from jax import lax
 
 from cbam_jax.attention.gating import gate
 from cbam_jax.attention.mlp import BottleneckMLP, check_reduction
-from cbam_jax.errors import UserError, check_choice, check_feature_map
+from cbam_jax.errors import UserError, check_choice, check_dtypes, check_feature_map
 from cbam_jax.layers import Dtype, at_least_float32, max_over_axis
 
 
@@ -78,6 +78,9 @@ class ChannelAttention(nn.Module):
       )
     for pool in self.pools:
       check_choice('one of the pools of channel attention', pool, POOLS)
+    # A module with a list cannot be hashed, as `jit` does to what is static.
+    self.pools = tuple(self.pools)
+    check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
     super().__post_init__()
 
   @nn.compact

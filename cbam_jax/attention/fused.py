@@ -25,6 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from cbam_jax.errors import UserError
 from cbam_jax.layers import at_least_float32
@@ -53,6 +54,8 @@ def refine_and_add(
   Returns:
     An array of the shape and type of `shortcut`.
   """
+  if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+    x, scale, offset, shortcut = _varying_alike(x, scale, offset, shortcut)
   n, *spatial, c = x.shape
   flat = x.reshape(n, math.prod(spatial), c)
   scale, offset = (v.reshape(v.shape[0], 1, c) for v in (scale, offset))
@@ -64,6 +67,16 @@ def refine_and_add(
   gate = nn.sigmoid(spatial_logits(peak.reshape(maps), mean.reshape(maps)))
   scale, offset = (lax.expand_dims(v[:, 0], range(1, x.ndim - 1)) for v in (scale, offset))
   return gate_and_add(flat.reshape(x.shape), scale, offset, gate, shortcut)
+
+
+def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+  """`arrays`, which in a `shard_map` vary over one another's axes from here on.
+
+  A derivative of one's own must have the type of what it is by. The compiler sees that nothing is
+  ever chosen but the arrays.
+  """
+  never = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(v)) for v in arrays)) & False
+  return [jnp.where(never, jnp.zeros((), v.dtype), v) for v in arrays]
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -276,10 +289,10 @@ def _gate_and_add_backward(residuals: Any, d_out: jax.Array) -> Any:
   # Not `out > 0`, which XLA would ask of the sum before the ReLU, and keep that too.
   du = jnp.where(out != 0, d_out, 0)
   wide = _wide(du)
-  n, *_, c = x.shape
-  flat = (n, -1, c)
-  d_gate = _dot((wide * x).reshape(flat), scale.reshape(flat))
-  d_gate += _dot(wide.reshape(flat), offset.reshape(flat))
+  n, *spatial, c = x.shape
+  flat, vector = (n, math.prod(spatial), c), (n, 1, c)
+  d_gate = _dot((wide * x).reshape(flat), scale.reshape(vector))
+  d_gate += _dot(wide.reshape(flat), offset.reshape(vector))
   return (
     (wide * gate).astype(x.dtype),
     jnp.zeros_like(scale),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cbam_jax.errors import UserError
 from cbam_jax.layers import Dtype
@@ -20,10 +23,11 @@ def hidden_size(channels: int, reduction: float) -> int:
 
 def check_reduction(what: str, reduction: float) -> None:
   """Raises `UserError` unless the hidden layer is no wider than its input."""
-  if not (isinstance(reduction, (int, float)) and reduction >= 1):
+  number = isinstance(reduction, (int, float, np.number)) and not isinstance(reduction, bool)
+  if not (number and 1 <= reduction < math.inf):
     raise UserError(
       f'{what}(reduction={reduction!r}): the reduction divides the channels to give the hidden '
-      'size, so it must be at least 1; the paper uses 16.'
+      'size, so it must be a number of at least 1; the paper uses 16.'
     )
 
 

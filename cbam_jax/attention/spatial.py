@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cbam_jax.attention.gating import gate
-from cbam_jax.errors import UserError, check_choice, check_feature_map
+from cbam_jax.errors import UserError, check_choice, check_dtypes, check_feature_map, whole
 from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32, max_over_axis
 
 SPATIAL_POOLS = ('channel', 'conv1x1')
@@ -41,12 +41,16 @@ class SpatialAttention(nn.Module):
 
   def __post_init__(self) -> None:
     check_choice('the pool of spatial attention', self.pool, SPATIAL_POOLS)
-    if not (isinstance(self.kernel_size, int) and self.kernel_size >= 1 and self.kernel_size % 2):
+    what = "spatial attention's kernel_size (CBAM's spatial_kernel)"
+    self.kernel_size = whole(what, self.kernel_size)
+    if self.kernel_size % 2 == 0:
       raise UserError(
-        f"spatial attention's kernel_size (CBAM's spatial_kernel) is {self.kernel_size!r}; it must "
-        'be a positive odd integer, or the map would shift against the features. The paper '
-        'compares 3 and 7.'
+        f'{what} is {self.kernel_size}; it must be odd, or the map would shift against the '
+        'features. The paper compares 3 and 7.'
       )
+    if self.group_size is not None:
+      self.group_size = whole('group_size', self.group_size)
+    check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
     super().__post_init__()
 
   @nn.compact

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -46,4 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (UserError, RunError) as error:
     print(f'cbam-jax {arguments.command}: {error}', file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
+  except KeyboardInterrupt:
+    print(f'cbam-jax {arguments.command}: interrupted', file=sys.stderr)
+    return 128 + signal.SIGINT
   return 0

@@ -123,7 +123,7 @@ def _from_folder(where: str, arguments: argparse.Namespace) -> Pretrained:
     )
   if arguments.weights and not (path / 'checkpoints').is_dir():
     return from_pretrained(where)
-  from cbam_jax.training.evaluation import load_run
+  from cbam_jax.training import load_run
 
   return load_run(where).network
 

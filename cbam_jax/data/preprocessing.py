@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any, Self
 
 import jax
@@ -75,9 +76,14 @@ class Preprocessing:
       uint8 (image_size, image_size, channels).
 
     Raises:
+      UserError: On a path.
       Exception: Of nearly any kind, if the picture cannot be read.
     """
     del rng
+    if isinstance(image, (str, os.PathLike)):
+      raise UserError(
+        f'it takes what is in a file, as Path({str(image)!r}).read_bytes(), or pixels.'
+      )
     pixels = _with_channels(decode(image), self.channels)
     height, width, _ = pixels.shape
     size = self.image_size

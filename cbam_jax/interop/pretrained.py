@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +125,11 @@ def from_pretrained(name: str | os.PathLike[str]) -> Pretrained:
   if not folder.is_dir():
     folder = _from_hub(str(name))
   config = read_config(folder)
+  if {'optimizer', 'data'} <= config.keys():
+    raise UserError(
+      f'{folder} is the folder of a run; make one of its best checkpoint, `cbam-jax convert '
+      f'{folder} FOLDER`, or use cbam_jax.training.load_run.'
+    )
   model = from_description({key: config.get(key) for key in DESCRIPTION})
   arrays = _read_arrays(folder)
   _check_arrays(model, arrays)
@@ -151,7 +155,7 @@ def check_images(network: Pretrained) -> None:
     images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     try:
       jax.eval_shape(lambda v, x: network.model.apply(v, x, train=False), network.variables, images)
-    except flax.errors.ScopeParamShapeError:
+    except UserError:
       return False
     return True
 

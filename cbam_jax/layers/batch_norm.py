@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbam_jax.errors import UserError
+from cbam_jax.errors import UserError, check_dtypes, whole
 from cbam_jax.layers.dtypes import Dtype, at_least_float32
 
 
@@ -33,6 +33,9 @@ class BatchNorm(nn.Module):
     scale_init: Initial value of the scale.
     dtype: Type of the output; None follows the input. Statistics are float32 at the least.
     param_dtype: Type in which parameters are stored.
+
+  Raises:
+    UserError: On a momentum outside 0 to 1, a group of none, or an integer type.
   """
 
   momentum: float = 0.9
@@ -57,6 +60,17 @@ class BatchNorm(nn.Module):
     """
     scale, offset = self.affine(x, train=train)
     return (x.astype(scale.dtype) * scale + offset).astype(self.dtype or x.dtype)
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.momentum <= 1:
+      raise UserError(
+        f'the momentum of a batch norm is {self.momentum!r}; it is the share of the running '
+        "statistics that a step keeps, from 0 to 1 (one minus PyTorch's): 0.9 by default."
+      )
+    if self.group_size is not None:
+      self.group_size = whole('group_size', self.group_size)
+    check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
+    super().__post_init__()
 
   @nn.compact
   def affine(
@@ -101,10 +115,13 @@ class BatchNorm(nn.Module):
     """Mean and variance of the batch, (1, 1, ..., C), or with groups (N, 1, ..., C)."""
     grouped = self._split(x)
     axes = tuple(range(1, grouped.ndim - 1))
-    mean = jnp.mean(grouped, axes, keepdims=True)
-    # One pass over the features: both sums fuse, where E[(x - mean)^2] would read them again.
-    var = jnp.mean(lax.square(grouped), axes, keepdims=True) - lax.square(mean)
-    var = jnp.maximum(var, 0)
+    # One pass over the features: both sums fuse, where E[(x - mean)^2] would read them again. About
+    # the running mean, which is near: about zero, the difference of features far from it cancels.
+    center = lax.expand_dims(running_mean.value.astype(x.dtype), range(grouped.ndim - 1))
+    offcenter = grouped - center
+    mean = jnp.mean(offcenter, axes, keepdims=True)
+    var = jnp.mean(lax.square(offcenter), axes, keepdims=True) - lax.square(mean)
+    var, mean = jnp.maximum(var, 0), mean + center
     if not self.is_initializing():
       count = math.prod(grouped.shape[1:-1])
       self._record(running_mean, mean)
@@ -119,16 +136,18 @@ class BatchNorm(nn.Module):
   def _split(self, x: jax.Array) -> jax.Array:
     """The batch as (groups, examples of a group, ..., C)."""
     size = None if self.is_initializing() else self.group_size
-    if size is not None and (size < 1 or x.shape[0] % size):
+    if size is not None and x.shape[0] % size:
       raise UserError(
         f'group_size={size} does not divide the batch of {x.shape[0]}; choose a divisor of the '
         'global batch size, or None to normalise over all of it.'
       )
-    grouped = x.reshape(1 if size is None else x.shape[0] // size, -1, *x.shape[1:])
-    if not self.is_initializing() and math.prod(grouped.shape[1:-1]) == 1:
+    groups, size = (1, x.shape[0]) if size is None else (x.shape[0] // size, size)
+    grouped = x.reshape(groups, size, *x.shape[1:])
+    count = math.prod(grouped.shape[1:-1])
+    if not self.is_initializing() and count < 2:
       raise UserError(
-        f'batch norm in training got one value a channel (input {x.shape}, group_size={size}); '
-        'a variance needs two. Use a larger batch or larger images.'
+        f'batch norm in training got {count} value(s) a channel (input {x.shape}, '
+        f'group_size={self.group_size}); a variance needs two. Use a larger batch or larger images.'
       )
     return grouped
 

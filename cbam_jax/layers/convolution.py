@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbam_jax.errors import UserError
+from cbam_jax.errors import UserError, check_dtypes, whole
 from cbam_jax.layers import few_channels
 from cbam_jax.layers.batch_norm import BatchNorm
 from cbam_jax.layers.dtypes import Dtype
@@ -37,6 +37,10 @@ class Conv(nn.Module):
     kernel_init: Initial value of the kernel.
     dtype: Computation type; None follows the input.
     param_dtype: Type in which parameters are stored.
+
+  Raises:
+    UserError: On an even kernel, a count under 1, groups that do not divide the features, or an
+      integer type.
   """
 
   features: int
@@ -48,6 +52,22 @@ class Conv(nn.Module):
   kernel_init: nn.initializers.Initializer = kaiming_fan_out
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
+
+  def __post_init__(self) -> None:
+    self.kernel_size = tuple(whole("a convolution's kernel_size", v) for v in self.kernel_size)
+    if any(size % 2 == 0 for size in self.kernel_size):
+      raise UserError(
+        f"a convolution's kernel_size is {self.kernel_size}; every side must be odd, since each "
+        'side of the features is padded alike.'
+      )
+    for name in ('features', 'strides', 'dilation', 'groups'):
+      setattr(self, name, whole(f"a convolution's {name}", getattr(self, name)))
+    if self.features % self.groups:
+      raise UserError(
+        f"a convolution's groups={self.groups} do not divide its features={self.features}."
+      )
+    check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
+    super().__post_init__()
 
   @nn.compact
   def __call__(
@@ -67,9 +87,23 @@ class Conv(nn.Module):
       Features (N, *spatial / strides, features).
 
     Raises:
-      UserError: If there is a norm and `train` is not told.
+      UserError: If there is a norm and `train` is not told, or `x` has another number of axes, or
+        channels that the groups do not divide.
     """
+    if x.ndim != len(self.kernel_size) + 2 or x.shape[-1] % self.groups:
+      raise UserError(
+        f'a convolution with kernel_size={self.kernel_size} and groups={self.groups} got an input '
+        f'of shape {x.shape}; it takes (N, *spatial, C) with {len(self.kernel_size)} spatial axes '
+        'and channels that the groups divide.'
+      )
     shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
+    if self.has_variable('params', 'kernel'):
+      stored = jnp.shape(self.get_variable('params', 'kernel'))
+      if stored[-2] != shape[-2]:
+        raise UserError(
+          f'a convolution of {stored[-2] * self.groups} channels got an input of shape {x.shape}; '
+          'channels come last, (N, *spatial, C).'
+        )
     kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
     bias = None
     if self.use_bias:

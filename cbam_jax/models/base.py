@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cbam_jax.attention import CBAM
-from cbam_jax.errors import UserError, check_choice, check_feature_map
+from cbam_jax.errors import check_choice, check_dtypes, check_feature_map, whole
 from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32
 
 STEMS = ('imagenet', 'cifar')
@@ -39,7 +39,7 @@ class Classifier(nn.Module):
       more time, much less memory.
 
   Raises:
-    UserError: On an unknown stem or fewer than one class.
+    UserError: On an unknown stem, fewer than one class, a group of none, or an integer type.
   """
 
   num_classes: int = 1000
@@ -53,8 +53,10 @@ class Classifier(nn.Module):
 
   def __post_init__(self) -> None:
     check_choice('the stem', self.stem, STEMS)
-    if not (isinstance(self.num_classes, int) and self.num_classes >= 1):
-      raise UserError(f'num_classes is {self.num_classes!r}; it must be an integer of at least 1.')
+    self.num_classes = whole('num_classes', self.num_classes)
+    if self.group_size is not None:
+      self.group_size = whole('group_size', self.group_size)
+    check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
     super().__post_init__()
 
   def setup(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from cbam_jax.errors import UserError
+from cbam_jax.errors import UserError, whole
 from cbam_jax.layers import max_pool
 from cbam_jax.models.base import Classifier, LayerFactory, finish_block, run_block
 
@@ -154,7 +154,7 @@ class ResNet(Classifier):
       paper prints, or in its 3x3, as in the code that everyone trains. Basic blocks have no 1x1.
 
   Raises:
-    UserError: On a width that leaves no channel.
+    UserError: On a width that leaves no channel, or a count under 1.
   """
 
   stage_sizes: Sequence[int] = (2, 2, 2, 2)
@@ -169,6 +169,19 @@ class ResNet(Classifier):
       raise UserError(
         f'width is {self.width!r}; it must be a number of at least 1/64, to leave one of the 64 '
         'channels of the first stage. The paper uses 1.0, 1.5 and 2.0.'
+      )
+    self.stage_sizes = tuple(whole('a number in stage_sizes', v) for v in self.stage_sizes)
+    if not self.stage_sizes:
+      raise UserError(
+        'stage_sizes is empty; give the number of blocks of each stage, (2, 2, 2, 2).'
+      )
+    for name in ('groups', 'group_width'):
+      setattr(self, name, whole(name, getattr(self, name)))
+    inner = int(64 * self.width) * self.group_width // 64
+    if self.bottleneck and not inner:
+      raise UserError(
+        f'width={self.width} and group_width={self.group_width} leave no channel in a group; '
+        'choose larger ones.'
       )
     super().__post_init__()
 

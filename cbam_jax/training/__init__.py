@@ -17,6 +17,7 @@ _HOMES = {
   'train': 'loop',
   'evaluate': 'evaluation',
   'evaluate_network': 'evaluation',
+  'load_run': 'evaluation',
   'default_config': 'config',
 }
 

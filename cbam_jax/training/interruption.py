@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM ends a run at the next step, or soon, with exit status 0."""
+"""Preemption and Ctrl-C: SIGTERM and SIGINT end a run at the next step, with exit status 0."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ class Interruption:
   """A context in which SIGTERM is noted, and ends the process if nobody acts on it in time.
 
   A step, an evaluation or a compilation may keep Python from running for longer than the machine
-  has left; a thread of its own then ends the process, whose earlier checkpoints are whole.
+  has left; a thread of its own then ends the process, whose earlier checkpoints are whole. SIGINT
+  (Ctrl-C) is noted too, and the second one does what it did before.
   """
 
   def __init__(self) -> None:
     self._requested = False
     self._done = threading.Event()
-    self._previous: Any = None
+    self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> Self:
     # Several processes are told by JAX's own handler, which lets them agree on a step.
     alone = jax.process_count() == 1
     if alone and threading.current_thread() is threading.main_thread():
-      self._previous = signal.signal(signal.SIGTERM, self._note)
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._previous[number] = signal.signal(number, self._note)
       # The interpreter writes to this pair as the signal comes, even while C++ code is running.
       self._heard, self._told = socket.socketpair()
       self._told.setblocking(False)
@@ -48,9 +50,10 @@ class Interruption:
     traceback: TracebackType | None,
   ) -> None:
     self._done.set()
-    if self._previous is not None:
+    if self._previous:
       signal.set_wakeup_fd(self._previous_fd)
-      signal.signal(signal.SIGTERM, self._previous)
+      for number, handler in self._previous.items():
+        signal.signal(number, handler)
       self._told.close()
       self._watcher.join()
 
@@ -62,6 +65,8 @@ class Interruption:
 
   def _note(self, number: int, frame: FrameType | None) -> None:
     self._requested = True
+    if number == signal.SIGINT:
+      signal.signal(number, self._previous[number])
 
   def _watch(self) -> None:
     with self._heard:

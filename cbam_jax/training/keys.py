@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import ml_collections
-
 from cbam_jax.data.transforms import AUGMENTATIONS, RESAMPLINGS
 from cbam_jax.errors import UserError, check_choice
 from cbam_jax.models.base import STEMS
@@ -99,7 +97,7 @@ def is_a(kind: type, value: Any) -> bool:
   if kind is tuple:
     return isinstance(value, (tuple, list)) and all(is_a(float, number) for number in value)
   if kind is dict:
-    return isinstance(value, (dict, ml_collections.ConfigDict))
+    return hasattr(value, 'items')  # a ConfigDict too
   if isinstance(value, bool):
     return kind is bool
   if kind is float and isinstance(value, int):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cbam_jax.errors import UserError, whole
 from cbam_jax.layers import at_least_float32
 from cbam_jax.models.base import Classifier
 from cbam_jax.training.state import TrainState
@@ -63,7 +64,7 @@ def sum_metrics(
   before = jnp.sum(~behind, -1)
   weights = mask.astype(losses.dtype)
   return {
-    'loss': jnp.sum(losses * weights),
+    'loss': jnp.sum(jnp.where(mask, losses, 0)),
     'top1': jnp.sum((before < 1) * weights),
     'top5': jnp.sum((before < 5) * weights),
     'count': jnp.sum(weights),
@@ -109,7 +110,11 @@ def make_train_step(
     average_decay: Decay a step of the parameters' moving average; None if it is not kept.
     seed: Seed of the step's own randomness, drawn anew at each step.
     gather: Brings the parameters to every device before the network uses them.
+
+  Raises:
+    UserError: On fewer parts than one, or, by the step itself, if they do not divide the batch.
   """
+  accumulate = whole('accumulate', accumulate)
 
   def mean_loss(
     params: Any, batch_stats: Any, batch: dict[str, jax.Array], key: jax.Array
@@ -137,6 +142,10 @@ def make_train_step(
       gradients, (batch_stats, metrics) = gradient(params, state.batch_stats, batch, key)
       return gradients, batch_stats, metrics
 
+    if len(batch['image']) % accumulate:
+      raise UserError(
+        f'accumulate={accumulate} does not divide the batch of {len(batch["image"])}.'
+      )
     # Every part takes its examples from all over the batch, so from every device alike.
     parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(key, accumulate)
@@ -163,9 +172,9 @@ def make_train_step(
     if average_decay is not None:
       average = optax.incremental_update(params, average, 1 - average_decay)
 
-    # The schedule counts the steps that were not passed over.
-    count = optax.tree_utils.tree_get(state.opt_state, 'count', state.step)
-    rate = learning_rate(count)
+    # The schedule counts the steps that were not passed over, as whatever else in it counts.
+    counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, 'count')
+    rate = learning_rate(counts[-1][1] if counts else state.step)
     finite = jnp.isfinite(metrics['loss']) & _all_finite(gradients)
     changed = TrainState(
       step=state.step,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cbam_jax import CBAM
+from cbam_jax.errors import UserError
 from tests.attention import definitions
 from tests.layers.random_variables import random_features, random_variables
 
@@ -107,3 +108,24 @@ def test_inside_a_users_module():
   y, updates = jax.eval_shape(step, variables, x)
   assert y.shape == x.shape
   assert set(updates['batch_stats']['CBAM_0']) == {'spatial'}
+
+
+def test_numbers_may_be_numpys_and_pools_a_list():
+  module = CBAM(reduction=np.int64(16), spatial_kernel=np.int64(7), pools=['avg', 'max'])
+  assert module == CBAM()
+  assert hash(module) == hash(CBAM())
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'reduction': True}, r'CBAM\(reduction=True\)|ChannelAttention\(reduction=True\)'),
+    ({'spatial_kernel': True}, 'kernel_size .* is True; it must be an integer'),
+    ({'spatial_kernel': 4}, 'kernel_size .* is 4; it must be odd'),
+    ({'group_size': '2'}, "group_size is '2'; it must be an integer"),
+    ({'dtype': jnp.int32}, "has dtype 'int32'; it computes"),
+  ],
+)
+def test_fields_that_cannot_be(fields, message):
+  with pytest.raises(UserError, match=message):
+    CBAM(**fields)

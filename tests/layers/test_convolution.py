@@ -248,7 +248,7 @@ def test_a_norm_needs_to_be_told():
     Conv(4, (3, 3)).init(jax.random.key(0), jnp.ones((2, 5, 5, 6)), BatchNorm())
 
 
-@pytest.mark.parametrize(('features', 'size', 'strides'), [(8, 2, 2), (1, 4, 1), (8, 3, 2)])
+@pytest.mark.parametrize(('features', 'size', 'strides'), [(8, 3, 2), (1, 5, 1)])
 def test_few_channels_and_any_size(features, size, strides):
   conv, x = Conv(features, (size, size), strides), jnp.ones((1, 9, 12, 3))
   variables = random_variables(conv, x)
@@ -270,3 +270,31 @@ def test_any_platform_holds_no_choice():
   assert 'platform_index' in jaxpr()
   with any_platform():
     assert 'platform_index' not in jaxpr()
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'kernel_size': (3, 4)}, r'kernel_size is \(3, 4\); every side must be odd'),
+    ({'strides': -1}, 'strides is -1; it must be an integer of at least 1'),
+    ({'groups': 3}, 'groups=3 do not divide its features=8'),
+    ({'dtype': jnp.int8}, "Conv has dtype 'int8'"),
+  ],
+)
+def test_fields_that_cannot_be(fields, message):
+  with pytest.raises(UserError, match=message):
+    Conv(**{'features': 8, 'kernel_size': (3, 3)} | fields)
+
+
+def test_channels_first():
+  conv = Conv(8, (3, 3))
+  variables = conv.init(jax.random.key(0), jnp.ones((1, 16, 16, 3)))
+  with pytest.raises(UserError, match=r'of 3 channels got .* \(1, 3, 16, 16\); channels come last'):
+    conv.apply(variables, jnp.ones((1, 3, 16, 16)))
+
+
+@pytest.mark.parametrize('shape', [(2, 8, 4), (2, 8, 8, 3)])
+def test_inputs_that_cannot_be(shape):
+  conv = Conv(8, (3, 3), groups=2)
+  with pytest.raises(UserError, match=re.escape(f'groups=2 got an input of shape {shape}')):
+    conv.init(jax.random.key(0), jnp.ones(shape))

@@ -8,6 +8,7 @@ import pytest
 
 from cbam_jax import BAM, CBAM, SqueezeExcitation, UserError, create_model, list_models
 from cbam_jax.layers import BatchNorm
+from cbam_jax.models import ResNet
 from tests.layers.random_variables import random_features, random_variables
 from tests.models.networks import make
 
@@ -192,6 +193,15 @@ def test_param_dtype_is_handed_to_the_attention(x64):
     (lambda: create_model('resnet18', reduction=8), ["'reduction'", 'num_classes']),
     (lambda: create_model('resnet18', num_classes=0), ['0', 'at least 1']),
     (lambda: create_model('resnet18', num_classes=2.5), ['2.5', 'integer']),
+    (lambda: create_model('resnet18', num_classes=True), ['True', 'integer']),
+    (lambda: create_model('resnet18', group_size=0), ['group_size is 0', 'at least 1']),
+    (lambda: create_model('resnet18', dtype=jnp.int32), ["dtype 'int32'", 'float32']),
+    (lambda: ResNet(stage_sizes=()), ['stage_sizes', '(2, 2, 2, 2)']),
+    (lambda: ResNet(stage_sizes=(2, 0)), ['stage_sizes', 'is 0']),
+    (
+      lambda: ResNet(bottleneck=True, groups=32, group_width=1, width=0.5),
+      ['width=0.5', 'group_width=1'],
+    ),
     (lambda: create_model('resnet18', stem='cifar10'), ["'cifar10'", "mean 'cifar'"]),
     (lambda: create_model('mobilenet_v1', width=0.01), ['0.01', 'at least 1/32', '0.7']),
     (lambda: create_model('mobilenet_v1', width='wide'), ["'wide'", 'at least 1/32', '0.7']),

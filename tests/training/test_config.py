@@ -131,9 +131,7 @@ def test_open_classes_are_those_of_the_training_set(tiny_config):
 def test_a_field_that_no_layer_can_use_is_named(tiny_config):
   tiny_config.model.name = 'resnet50'
   tiny_config.model.fields = {'stage_sizes': ('two',)}
-  with pytest.raises(
-    UserError, match=r"with model.fields={'stage_sizes': \('two',\)}.*; change these"
-  ):
+  with pytest.raises(UserError, match="a number in stage_sizes is 'two'; it must be an integer"):
     _ = Experiment(tiny_config).abstract_state
 
 

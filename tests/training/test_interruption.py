@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 
+import pytest
+
 from cbam_jax.training.interruption import Interruption
 
 
@@ -59,3 +61,13 @@ def test_a_step_that_takes_too_long_is_given_up():
     process.kill()
     process.wait()
     process.stdout.close()
+
+
+def test_the_second_ctrl_c_does_what_it_did():
+  before = signal.getsignal(signal.SIGINT)
+  with Interruption() as interruption:
+    signal.raise_signal(signal.SIGINT)
+    assert interruption.requested(1)
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+  assert signal.getsignal(signal.SIGINT) is before

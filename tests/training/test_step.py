@@ -3,17 +3,29 @@
 import functools
 from collections.abc import Iterable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType
 
 from cbam_jax.data import Batch, train_batches
+from cbam_jax.errors import UserError
+from cbam_jax.models.base import Classifier
 from cbam_jax.training import experiment as experiment_module
 from cbam_jax.training.experiment import Experiment
 from cbam_jax.training.keys import KEYS, Key
-from cbam_jax.training.step import SUMMED, _all_finite, cross_entropy, smooth, sum_metrics
+from cbam_jax.training.state import create_state
+from cbam_jax.training.step import (
+  SUMMED,
+  _all_finite,
+  cross_entropy,
+  make_train_step,
+  smooth,
+  sum_metrics,
+)
 
 # ---- loss and metrics ------------------------------------------------------------------------
 
@@ -175,6 +187,43 @@ def test_one_bad_element_is_found_wherever_it_is(bad):
   for i, leaf in enumerate(leaves):
     spoilt = leaf.at[(-1,) * leaf.ndim].set(bad)
     assert not jax.jit(_all_finite)([*leaves[:i], spoilt, *leaves[i + 1 :]])
+
+
+class Linear(Classifier):
+  @nn.compact
+  def features(self, images, *, train):
+    return {'stage1': self.prepare(images)}
+
+
+def step_of(optimizer, rate=lambda step: 0.1, **options):
+  """A train step of a small network, its state and a batch of four."""
+  model = Linear(num_classes=3)
+  state = create_state(model, optimizer, jax.random.key(0), (2, 2, 5))
+  batch = {
+    'image': jax.random.normal(jax.random.key(1), (4, 2, 2, 5)),
+    'label': jnp.arange(4) % 3,
+    'mask': jnp.ones(4, bool),
+  }
+  return make_train_step(model, optimizer, lambda x: x, rate, **options), state, batch
+
+
+def test_another_optimizer_with_a_schedule():
+  """Adam's state has two counts."""
+  rate = optax.linear_schedule(0.1, 0.0, 10)
+  step, state, batch = step_of(optax.adam(rate), rate)
+  rates = []
+  for _ in range(3):
+    state, metrics = jax.jit(step)(state, batch)
+    rates.append(float(metrics['learning_rate']))
+  np.testing.assert_allclose(rates, [0.1, 0.09, 0.08], rtol=1e-6)
+
+
+def test_parts_that_cannot_be():
+  with pytest.raises(UserError, match='accumulate is 0; it must be an integer of at least 1'):
+    step_of(optax.sgd(0.1), accumulate=0)
+  step, state, batch = step_of(optax.sgd(0.1), accumulate=3)
+  with pytest.raises(UserError, match='accumulate=3 does not divide the batch of 4'):
+    jax.eval_shape(step, state, batch)
 
 
 def test_the_state_is_on_every_device_and_the_batch_is_split(tiny_config):
