@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Names that an error shows of one kind; a wrong network has hundreds.
 SHOWN = 20
@@ -41,9 +41,14 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
     raise UserError(f'{what} is {value!r}; allowed: {", ".join(allowed)}.{near(value, allowed)}')
 
 
+def is_whole(value: Any) -> bool:
+  """Whether `value` is an integer of at least 1, NumPy's too."""
+  return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
+
+
 def whole(what: str, value: Any) -> int:
-  """`value` as an int, NumPy's integers too, or `UserError` unless it is at least 1."""
-  if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+  """`value` as an int, or `UserError` unless it `is_whole`."""
+  if not is_whole(value):
     raise UserError(f'{what} is {value!r}; it must be an integer of at least 1.')
   return int(value)
 

@@ -77,6 +77,7 @@ NETWORKS = [
 ]
 # Those that take longest.
 SLOW = (
+  'official_cifar100_resnet18_none',
   'official_cifar100_resnet18_bam',
   'official_imagenet_resnet18_none',
   'official_imagenet_resnet18_bam',
@@ -246,7 +247,7 @@ def test_network_by_other_implementations(file, name, implementation, prepare, x
   assert_matches(case, ready, cross_entropy, jnp.array(case.labels), order=np.asarray)
 
 
-@cases(unless((VGG16.file,), [VGG16, BIASED]))
+@cases(unless((VGG16.file, BIASED.file), [VGG16, BIASED]))
 def test_network_in_eval_mode(case, prepare, x64):
   ready = prepare(case, jnp.float64)
   logits = evaluate(ready.model, ready.variables, ready.x)

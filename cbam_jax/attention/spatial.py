@@ -7,8 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from cbam_jax.attention.gating import gate
-from cbam_jax.errors import UserError, check_choice, check_dtypes, check_feature_map, whole
+from cbam_jax.errors import (
+  UserError,
+  check_choice,
+  check_dtypes,
+  check_feature_map,
+  is_whole,
+  whole,
+)
 from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32, max_over_axis
+from cbam_jax.layers.batch_norm import check_momentum
 
 SPATIAL_POOLS = ('channel', 'conv1x1')
 
@@ -29,7 +37,8 @@ class SpatialAttention(nn.Module):
     param_dtype: Type in which parameters are stored.
 
   Raises:
-    UserError: On an unknown pool or an even kernel size.
+    UserError: On an unknown pool, an even kernel size, a momentum outside 0 to 1, a group of none,
+      or an integer type.
   """
 
   kernel_size: int = 7
@@ -41,13 +50,13 @@ class SpatialAttention(nn.Module):
 
   def __post_init__(self) -> None:
     check_choice('the pool of spatial attention', self.pool, SPATIAL_POOLS)
-    what = "spatial attention's kernel_size (CBAM's spatial_kernel)"
-    self.kernel_size = whole(what, self.kernel_size)
-    if self.kernel_size % 2 == 0:
+    if not (is_whole(self.kernel_size) and self.kernel_size % 2):
       raise UserError(
-        f'{what} is {self.kernel_size}; it must be odd, or the map would shift against the '
-        'features. The paper compares 3 and 7.'
+        f"spatial attention's kernel_size (CBAM's spatial_kernel) is {self.kernel_size!r}; it must "
+        'be a positive odd integer, or the map would shift against the features. The paper '
+        'compares 3 and 7.'
       )
+    check_momentum("spatial attention's norm_momentum", self.norm_momentum)
     if self.group_size is not None:
       self.group_size = whole('group_size', self.group_size)
     check_dtypes(type(self).__name__, self.dtype, self.param_dtype)

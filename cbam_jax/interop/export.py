@@ -190,7 +190,7 @@ def _traceable(
   images = jax.ShapeDtypeStruct((batch, image_size, image_size, channels), dtype)
   try:
     jax.eval_shape(logits, variables, images)
-  except flax.errors.FlaxError as error:
+  except (flax.errors.FlaxError, UserError) as error:
     raise UserError(
       f'the variables are not those of this {type(model).__name__} for images of {channels} '
       f'channels ({first_line(error)}); give what its init returns, with other values, and its '

@@ -8,6 +8,7 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from cbam_jax.errors import UserError, check_dtypes, whole
@@ -62,11 +63,7 @@ class BatchNorm(nn.Module):
     return (x.astype(scale.dtype) * scale + offset).astype(self.dtype or x.dtype)
 
   def __post_init__(self) -> None:
-    if not 0 <= self.momentum <= 1:
-      raise UserError(
-        f'the momentum of a batch norm is {self.momentum!r}; it is the share of the running '
-        "statistics that a step keeps, from 0 to 1 (one minus PyTorch's): 0.9 by default."
-      )
+    check_momentum("a batch norm's momentum", self.momentum)
     if self.group_size is not None:
       self.group_size = whole('group_size', self.group_size)
     check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
@@ -154,3 +151,13 @@ class BatchNorm(nn.Module):
   def _record(self, running: nn.Variable[jax.Array], batch: jax.Array) -> None:
     batch = jnp.mean(batch.reshape(-1, batch.shape[-1]), 0).astype(running.value.dtype)
     running.value = self.momentum * running.value + (1 - self.momentum) * batch
+
+
+def check_momentum(what: str, momentum: float) -> None:
+  """Raises `UserError` unless it is a share."""
+  number = isinstance(momentum, (int, float, np.number)) and not isinstance(momentum, bool)
+  if not (number and 0 <= momentum <= 1):
+    raise UserError(
+      f'{what} is {momentum!r}; it must be a number from 0 to 1, the share of the running '
+      "statistics that a step keeps (one minus PyTorch's momentum)."
+    )

@@ -170,11 +170,12 @@ class ResNet(Classifier):
         f'width is {self.width!r}; it must be a number of at least 1/64, to leave one of the 64 '
         'channels of the first stage. The paper uses 1.0, 1.5 and 2.0.'
       )
-    self.stage_sizes = tuple(whole('a number in stage_sizes', v) for v in self.stage_sizes)
-    if not self.stage_sizes:
+    if not isinstance(self.stage_sizes, (tuple, list)) or not self.stage_sizes:
       raise UserError(
-        'stage_sizes is empty; give the number of blocks of each stage, (2, 2, 2, 2).'
+        f'stage_sizes is {self.stage_sizes!r}; it must be the number of blocks of each stage, as '
+        '(2, 2, 2, 2).'
       )
+    self.stage_sizes = tuple(whole('a number in stage_sizes', v) for v in self.stage_sizes)
     for name in ('groups', 'group_width'):
       setattr(self, name, whole(name, getattr(self, name)))
     inner = int(64 * self.width) * self.group_width // 64

@@ -34,7 +34,9 @@ class Interruption:
     alone = jax.process_count() == 1
     if alone and threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
-        self._previous[number] = signal.signal(number, self._note)
+        # A shell has its background jobs ignore Ctrl-C.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+          self._previous[number] = signal.signal(number, self._note)
       # The interpreter writes to this pair as the signal comes, even while C++ code is running.
       self._heard, self._told = socket.socketpair()
       self._told.setblocking(False)

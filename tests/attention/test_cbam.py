@@ -120,8 +120,8 @@ def test_numbers_may_be_numpys_and_pools_a_list():
   ('fields', 'message'),
   [
     ({'reduction': True}, r'CBAM\(reduction=True\)|ChannelAttention\(reduction=True\)'),
-    ({'spatial_kernel': True}, 'kernel_size .* is True; it must be an integer'),
-    ({'spatial_kernel': 4}, 'kernel_size .* is 4; it must be odd'),
+    ({'spatial_kernel': True}, 'kernel_size .* is True; .* positive odd'),
+    ({'spatial_kernel': 4}, 'kernel_size .* is 4; .* positive odd'),
     ({'group_size': '2'}, "group_size is '2'; it must be an integer"),
     ({'dtype': jnp.int32}, "has dtype 'int32'; it computes"),
   ],

@@ -161,8 +161,7 @@ def test_second_derivatives(x64, implementation):
   [
     'x',
     'channel',
-    'spatial',
-    *(pytest.param(v, marks=pytest.mark.slow) for v in ('shortcut', 'norm')),
+    *(pytest.param(v, marks=pytest.mark.slow) for v in ('shortcut', 'spatial', 'norm')),
   ],
 )
 @pytest.mark.parametrize('implementation', ['xla', pytest.param('pallas', marks=pytest.mark.slow)])
@@ -269,7 +268,7 @@ def test_other_choices_are_not_fused(fields):
     CBAM(**fields, implementation='xla')
 
 
-@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('train', [pytest.param(True, marks=pytest.mark.slow), False])
 def test_gradients_in_a_shard_map(train, x64):
   """What varies over the devices meets what does not: the norm's map at inference."""
   ending = Ending('xla')

@@ -39,6 +39,7 @@ def test_gradients_are_reduced_once_and_nothing_is_gathered():
   assert sum(size for _, size, _ in found) == pytest.approx(needed, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_shared_state_gathers_parameters_and_nothing_else():
   program, state = small('mesh.fsdp=8')
   found = collectives(program.as_text())
@@ -55,6 +56,7 @@ def test_a_shared_state_gathers_parameters_and_nothing_else():
   assert reduced == pytest.approx(needed, rel=0.01)
 
 
+@pytest.mark.slow
 def test_batch_norm_over_the_global_batch_adds_sums_of_channels():
   """Two sums forward and two backward, of each channel that a batch norm has."""
   program, state = small('model.group_size=None')

@@ -116,6 +116,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(
 # ---- two runs in one folder ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(trainer, tmp_path):
   workdir = tmp_path / 'run'
   with trainer.start(workdir) as first:

@@ -1,4 +1,4 @@
-"""SIGTERM, by which machines are taken away: a checkpoint, exit status 0, and all that in time."""
+"""SIGTERM, by which machines are taken away, and Ctrl-C: a checkpoint, exit status 0, in time."""
 
 import signal
 import time
@@ -13,22 +13,27 @@ pytestmark = pytest.mark.chaos
 NOTICE_SECONDS = 30
 
 
-def terminate(trainer, workdir, when, *arguments) -> str:
-  """Starts a training and sends SIGTERM; returns what it has printed."""
+def terminate(trainer, workdir, when, *arguments, number=signal.SIGTERM) -> str:
+  """Starts a training and sends a signal; returns what it has printed."""
   with trainer.start(workdir, *arguments) as training:
     training.wait_until(lambda: when(training))
     started = time.monotonic()
-    training.signal(signal.SIGTERM)
+    training.signal(number)
     assert training.wait() == 0, training.output()
     assert time.monotonic() - started < NOTICE_SECONDS
     assert 'Traceback' not in training.output()
     return training.output()
 
 
-def test_a_preempted_run_saves_and_goes_on(trainer, undisturbed, tmp_path):
+@pytest.mark.parametrize(
+  'number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_preempted_run_saves_and_goes_on(trainer, undisturbed, tmp_path, number):
+  if signal.getsignal(number) is signal.SIG_IGN:
+    pytest.skip('Ctrl-C is ignored here, and so by what is started here')
   workdir = tmp_path / 'run'
   rare = '--config.checkpoints.every_steps=1000'
-  said = terminate(trainer, workdir, lambda _: logged(workdir), rare)
+  said = terminate(trainer, workdir, lambda _: logged(workdir), rare, number=number)
   (step,) = saved_steps(workdir)
   assert 3 <= step < 22
   assert f'Interrupted: step {step} is saved. Run the same command again' in said

@@ -138,7 +138,7 @@ def lay_out(folder: Path) -> str:
   ('file', 'data'),
   [
     ('digits', None),
-    ('imagenet:resnet18,cbam,modern', 'imagenet2012'),
+    pytest.param('imagenet:resnet18,cbam,modern', 'imagenet2012', marks=pytest.mark.slow),
     ('finetune', 'pictures'),
     pytest.param('imagenet:resnet18,cbam', 'imagenet2012', marks=pytest.mark.slow),
     pytest.param('cifar10', 'cifar10', marks=pytest.mark.slow),

@@ -188,7 +188,8 @@ def test_a_file_of_arrays_needs_its_network(refused, home):
   ('option', 'message'),
   [
     ('--field=stage_sizes=3', 'stage_sizes is 3; give a list of integers of at least 1'),
-    ('--field=stage_sizes=()', "'stage_sizes': []} and the attention cbam with {} cannot be made"),
+    ('--field=stage_sizes=()', 'must be the number of blocks of each stage'),
+    ('--field=width=1e300', "'width': 1e+300} and the attention cbam with {} cannot be made"),
     ('--field=dtype=nope', "dtype is 'nope'; give one of bfloat16, float16"),
     ('--field=stage_attention=bam', "no field 'stage_attention'"),
     ('--attention-field=dtype=nope', "dtype is 'nope'; give one of bfloat16, float16"),
@@ -416,6 +417,7 @@ def test_bfloat16_in_a_pth(tmp_path, monkeypatch):
 # ---- a run -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_is_a_network_as_well(tmp_path, capsys, monkeypatch):
   from cbam_jax.training import train
   from tests.chaos.small_digits import get_config

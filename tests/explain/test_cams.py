@@ -263,7 +263,7 @@ def compiled(method):
   ('method', 'make'),
   [
     (grad_cam, small),
-    (grad_cam, functools.partial(resnet, stage_sizes=(1,))),
+    pytest.param(grad_cam, functools.partial(resnet, stage_sizes=(1,)), marks=pytest.mark.slow),
     (grad_cam_plus_plus, small),
     (eigen_cam, small),
   ],

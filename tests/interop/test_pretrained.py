@@ -209,7 +209,7 @@ def test_a_damaged_config(tmp_path, trained, text):
     ({'classes': 'abc'}, "the class names are 'abc'"),
     ({'classes': {'a': 0, 'b': 1, 'c': 2}}, 'the class names are {'),
     ({'classes': ['a', 'b', 3]}, 'the class names are .*3'),
-    ({'fields': {'stage_sizes': []}}, 'stage_sizes is empty; give the number of blocks'),
+    ({'fields': {'stage_sizes': []}}, 'stage_sizes is .* must be the number of blocks'),
     ({'fields': {'stage_attention': 'bam'}}, "no field 'stage_attention'"),
   ],
 )

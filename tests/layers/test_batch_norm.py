@@ -146,7 +146,7 @@ def test_one_value_a_channel_has_no_variance(shape, group_size):
   [
     ({'group_size': 0}, 'group_size is 0; it must be an integer of at least 1'),
     ({'group_size': 2.0}, 'group_size is 2.0; it must be an integer'),
-    ({'momentum': 1.5}, 'momentum of a batch norm is 1.5; .* from 0 to 1'),
+    ({'momentum': 1.5}, "a batch norm's momentum is 1.5; .* from 0 to 1"),
     ({'dtype': jnp.int32}, "BatchNorm has dtype 'int32'; .* floating point"),
   ],
 )

@@ -94,7 +94,6 @@ def test_logits_of_every_network(name, attention):
 
 QUICK = {
   ('resnet18', 'cbam_channel_first'),
-  ('vgg16', 'bam_sum'),
 }
 
 

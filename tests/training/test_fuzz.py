@@ -90,7 +90,7 @@ ATTENTION_FIELDS = ['reduction', 'pools', 'spatial_kernel', 'order', 'use_bias',
   ),
   values.map(str) | st.sampled_from(['(1,)', '(0,)', "('two',)", '7', '0.5', 'parallel']),
 )
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=30)
 def test_any_field_of_the_network(key, text):
   """Down to the shapes of all its arrays."""
 

@@ -63,6 +63,7 @@ def assert_same(one, other):
 # ---- weights of the very network -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_and_goes_on_without_their_file(config, weights, tmp_path):
   config.init_from = weights('cbam')
   state = Experiment(config).new_state()

@@ -63,11 +63,26 @@ def test_a_step_that_takes_too_long_is_given_up():
     process.stdout.close()
 
 
-def test_the_second_ctrl_c_does_what_it_did():
+@pytest.fixture
+def handler():
+  """Sets the handler of SIGINT."""
   before = signal.getsignal(signal.SIGINT)
+  yield lambda handler: signal.signal(signal.SIGINT, handler)
+  signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_ctrl_c_does_what_it_did(handler):
+  handler(signal.default_int_handler)
   with Interruption() as interruption:
     signal.raise_signal(signal.SIGINT)
     assert interruption.requested(1)
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
-  assert signal.getsignal(signal.SIGINT) is before
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_in_the_background_ignores_ctrl_c(handler):
+  handler(signal.SIG_IGN)
+  with Interruption() as interruption:
+    signal.raise_signal(signal.SIGINT)
+    assert not interruption.requested(1)

@@ -187,6 +187,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
   assert_same_run(tiny_config, folder, finished[0])
 
 
+@pytest.mark.slow
 def test_a_run_can_be_interrupted_again_and_again(tiny_config, monkeypatch, train, tmp_path):
   tiny_config.data.augmentation = 'shift_flip'
   whole, pieces = tmp_path / 'whole', tmp_path / 'pieces'

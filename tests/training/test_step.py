@@ -248,7 +248,7 @@ def test_the_abstract_state_is_that_of_a_new_one(tiny_config):
 
 
 # Groups of 4 examples reach over two of eight devices.
-@pytest.mark.parametrize('group_size', [None, 4])
+@pytest.mark.parametrize('group_size', [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_eight_devices_compute_what_one_does(monkeypatch, tiny_config, group_size):
   tiny_config.model.attention = 'cbam'
   tiny_config.model.group_size = group_size
