@@ -20,6 +20,10 @@ class UserError(ValueError):
   """Input that cannot be used: the message names the value, what is allowed and what to do."""
 
 
+class ChannelsError(UserError):
+  """Features of other channels than a layer was made for."""
+
+
 class RunError(RuntimeError):
   """A run that cannot go on: the message says what happened, what is safe and what to do."""
 
@@ -41,6 +45,11 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
     raise UserError(f'{what} is {value!r}; allowed: {", ".join(allowed)}.{near(value, allowed)}')
 
 
+def plain(value: Any) -> Any:
+  """`value`, a number of Python's if it is one of NumPy's."""
+  return value.item() if isinstance(value, np.generic) else value
+
+
 def is_whole(value: Any) -> bool:
   """Whether `value` is an integer of at least 1, NumPy's too."""
   return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
@@ -56,10 +65,14 @@ def whole(what: str, value: Any) -> int:
 def check_dtypes(what: str, *dtypes: Any) -> None:
   """Raises `UserError` unless each of `dtypes` is None or a floating type."""
   for dtype in dtypes:
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    try:
+      floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+      floating = False
+    if not floating:
       raise UserError(
-        f'{what} has dtype {jnp.dtype(dtype).name!r}; it computes, and stores its parameters, in '
-        'floating point: float32, bfloat16, float16 or float64.'
+        f'{what} has dtype {getattr(dtype, "__name__", dtype)!r}; it must be floating point: '
+        'float32, bfloat16, float16 or float64.'
       )
 
 

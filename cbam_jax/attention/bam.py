@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbam_jax.attention.mlp import check_reduction, hidden_size, torch_linear_init
+from cbam_jax.attention.mlp import checked_reduction, hidden_size, torch_linear_init
 from cbam_jax.errors import check_choice, check_dtypes, check_feature_map, whole
 from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32
 
@@ -83,7 +83,7 @@ class BAM(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   def __post_init__(self) -> None:
-    check_reduction(type(self).__name__, self.reduction)
+    self.reduction = checked_reduction(type(self).__name__, self.reduction)
     check_choice('the combination of BAM', self.combine, COMBINATIONS)
     self.dilation = whole("BAM's dilation", self.dilation)
     if self.group_size is not None:

@@ -72,8 +72,10 @@ class CBAM(nn.Module):
     check_choice('the order of CBAM', self.order, ORDERS)
     check_choice('the implementation of CBAM', self.implementation, IMPLEMENTATIONS)
     # Unattached copies of the parts, so that their fields are checked here and not in a trace.
-    self.pools = self._channel(parent=None).pools
-    self._spatial(parent=None)
+    channel, spatial = self._channel(parent=None), self._spatial(parent=None)
+    self.reduction, self.pools = channel.reduction, channel.pools
+    self.spatial_kernel, self.group_size = spatial.kernel_size, spatial.group_size
+    self.norm_momentum = spatial.norm_momentum
     if self.implementation in ('xla', 'pallas') and not self.fusible:
       raise UserError(
         f'CBAM(implementation={self.implementation!r}) has order={self.order!r}, '

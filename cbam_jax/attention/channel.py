@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbam_jax.attention.gating import gate
-from cbam_jax.attention.mlp import BottleneckMLP, check_reduction
+from cbam_jax.attention.mlp import BottleneckMLP, checked_reduction
 from cbam_jax.errors import UserError, check_choice, check_dtypes, check_feature_map
 from cbam_jax.layers import Dtype, at_least_float32, max_over_axis
 
@@ -70,7 +70,7 @@ class ChannelAttention(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   def __post_init__(self) -> None:
-    check_reduction(type(self).__name__, self.reduction)
+    self.reduction = checked_reduction(type(self).__name__, self.reduction)
     if isinstance(self.pools, str) or not self.pools:
       raise UserError(
         f'pools is {self.pools!r}; give a sequence of one or more of {", ".join(POOLS)}, '

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbam_jax.attention.gating import gate
-from cbam_jax.attention.mlp import BottleneckMLP, check_reduction
+from cbam_jax.attention.mlp import BottleneckMLP, checked_reduction
 from cbam_jax.errors import check_dtypes, check_feature_map
 from cbam_jax.layers import Dtype, at_least_float32
 
@@ -30,7 +30,7 @@ class SqueezeExcitation(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   def __post_init__(self) -> None:
-    check_reduction(type(self).__name__, self.reduction)
+    self.reduction = checked_reduction(type(self).__name__, self.reduction)
     check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
     super().__post_init__()
 

@@ -13,10 +13,11 @@ from cbam_jax.errors import (
   check_dtypes,
   check_feature_map,
   is_whole,
+  plain,
   whole,
 )
 from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32, max_over_axis
-from cbam_jax.layers.batch_norm import check_momentum
+from cbam_jax.layers.batch_norm import momentum_share
 
 SPATIAL_POOLS = ('channel', 'conv1x1')
 
@@ -56,7 +57,8 @@ class SpatialAttention(nn.Module):
         'be a positive odd integer, or the map would shift against the features. The paper '
         'compares 3 and 7.'
       )
-    check_momentum("spatial attention's norm_momentum", self.norm_momentum)
+    self.kernel_size = plain(self.kernel_size)
+    self.norm_momentum = momentum_share("spatial attention's norm_momentum", self.norm_momentum)
     if self.group_size is not None:
       self.group_size = whole('group_size', self.group_size)
     check_dtypes(type(self).__name__, self.dtype, self.param_dtype)

@@ -6,6 +6,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from typing import Self, TypedDict, cast
 
@@ -212,8 +213,12 @@ def _check_processes(batch_size: int) -> None:
     )
 
 
-def _end_with_parent(index: int, count: int) -> None:
-  """Ends this worker as soon as its parent is dead; if that was killed, it would wait for ever."""
+def _live_as_the_parent(index: int, count: int) -> None:
+  """Ends this worker as soon as its parent is dead; if that was killed, it would wait for ever.
+
+  And not before: a terminal sends Ctrl-C to workers too, whose batches the parent may wait for.
+  """
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
   def watch() -> None:
     parent = multiprocessing.parent_process()
@@ -246,7 +251,7 @@ class BatchIterator:
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(num_workers=workers)
-      dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
+      dataset = dataset.mp_prefetch(options, worker_init_fn=_live_as_the_parent)
     self.bad_images = 0
     self._read = 0
     self._batches = iter(dataset)

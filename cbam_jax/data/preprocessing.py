@@ -82,7 +82,7 @@ class Preprocessing:
     del rng
     if isinstance(image, (str, os.PathLike)):
       raise UserError(
-        f'it takes what is in a file, as Path({str(image)!r}).read_bytes(), or pixels.'
+        f'{str(image)!r} is a path; give what is in the file, Path(...).read_bytes(), or pixels.'
       )
     pixels = _with_channels(decode(image), self.channels)
     height, width, _ = pixels.shape

@@ -22,7 +22,7 @@ from jax import export
 from jax.extend.core import jaxpr_as_fun
 
 from cbam_jax.attention import CBAM
-from cbam_jax.errors import RunError, UserError, first_line, require
+from cbam_jax.errors import ChannelsError, RunError, UserError, first_line, require
 from cbam_jax.files import whole_file
 from cbam_jax.layers import any_platform
 from cbam_jax.models.base import Classifier
@@ -190,7 +190,7 @@ def _traceable(
   images = jax.ShapeDtypeStruct((batch, image_size, image_size, channels), dtype)
   try:
     jax.eval_shape(logits, variables, images)
-  except (flax.errors.FlaxError, UserError) as error:
+  except (flax.errors.FlaxError, ChannelsError) as error:
     raise UserError(
       f'the variables are not those of this {type(model).__name__} for images of {channels} '
       f'channels ({first_line(error)}); give what its init returns, with other values, and its '

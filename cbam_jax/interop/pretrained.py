@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cbam_jax.errors import (
+  ChannelsError,
   MissingExtraError,
   UserError,
   check_choice,
@@ -127,8 +128,8 @@ def from_pretrained(name: str | os.PathLike[str]) -> Pretrained:
   config = read_config(folder)
   if {'optimizer', 'data'} <= config.keys():
     raise UserError(
-      f'{folder} is the folder of a run; make one of its best checkpoint, `cbam-jax convert '
-      f'{folder} FOLDER`, or use cbam_jax.training.load_run.'
+      f'{folder} is the folder of a run; write its best checkpoint to one of its own first, '
+      f'`cbam-jax convert {folder} FOLDER`, and read that; or use cbam_jax.training.load_run.'
     )
   model = from_description({key: config.get(key) for key in DESCRIPTION})
   arrays = _read_arrays(folder)
@@ -155,7 +156,7 @@ def check_images(network: Pretrained) -> None:
     images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     try:
       jax.eval_shape(lambda v, x: network.model.apply(v, x, train=False), network.variables, images)
-    except UserError:
+    except ChannelsError:
       return False
     return True
 

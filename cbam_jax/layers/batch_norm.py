@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cbam_jax.errors import UserError, check_dtypes, whole
+from cbam_jax.errors import UserError, check_dtypes, plain, whole
 from cbam_jax.layers.dtypes import Dtype, at_least_float32
 
 
@@ -22,6 +22,9 @@ class BatchNorm(nn.Module):
   running variance is the unbiased one (divided by n - 1), and the statistics can be taken over
   groups of `group_size` consecutive examples, as when each device of the reference normalised
   its own share. Under a sharded `jit`, `group_size=None` means the global batch.
+
+  The variance is the mean of squares less the square of the mean, in one pass, as in linen: of
+  features whose mean is a thousand times their deviation, float32 keeps few digits of it.
 
   Collections: `params` holds `scale` and `bias`, `batch_stats` holds `mean` and `var`, each (C,).
 
@@ -63,7 +66,7 @@ class BatchNorm(nn.Module):
     return (x.astype(scale.dtype) * scale + offset).astype(self.dtype or x.dtype)
 
   def __post_init__(self) -> None:
-    check_momentum("a batch norm's momentum", self.momentum)
+    self.momentum = momentum_share("a batch norm's momentum", self.momentum)
     if self.group_size is not None:
       self.group_size = whole('group_size', self.group_size)
     check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
@@ -112,13 +115,10 @@ class BatchNorm(nn.Module):
     """Mean and variance of the batch, (1, 1, ..., C), or with groups (N, 1, ..., C)."""
     grouped = self._split(x)
     axes = tuple(range(1, grouped.ndim - 1))
-    # One pass over the features: both sums fuse, where E[(x - mean)^2] would read them again. About
-    # the running mean, which is near: about zero, the difference of features far from it cancels.
-    center = lax.expand_dims(running_mean.value.astype(x.dtype), range(grouped.ndim - 1))
-    offcenter = grouped - center
-    mean = jnp.mean(offcenter, axes, keepdims=True)
-    var = jnp.mean(lax.square(offcenter), axes, keepdims=True) - lax.square(mean)
-    var, mean = jnp.maximum(var, 0), mean + center
+    mean = jnp.mean(grouped, axes, keepdims=True)
+    # One pass over the features: both sums fuse, where E[(x - mean)^2] would read them again.
+    var = jnp.mean(lax.square(grouped), axes, keepdims=True) - lax.square(mean)
+    var = jnp.maximum(var, 0)
     if not self.is_initializing():
       count = math.prod(grouped.shape[1:-1])
       self._record(running_mean, mean)
@@ -141,7 +141,7 @@ class BatchNorm(nn.Module):
     groups, size = (1, x.shape[0]) if size is None else (x.shape[0] // size, size)
     grouped = x.reshape(groups, size, *x.shape[1:])
     count = math.prod(grouped.shape[1:-1])
-    if not self.is_initializing() and count < 2:
+    if not self.is_initializing() and isinstance(count, int) and count < 2:
       raise UserError(
         f'batch norm in training got {count} value(s) a channel (input {x.shape}, '
         f'group_size={self.group_size}); a variance needs two. Use a larger batch or larger images.'
@@ -153,11 +153,14 @@ class BatchNorm(nn.Module):
     running.value = self.momentum * running.value + (1 - self.momentum) * batch
 
 
-def check_momentum(what: str, momentum: float) -> None:
-  """Raises `UserError` unless it is a share."""
+def momentum_share(what: str, momentum: Any) -> Any:
+  """`momentum`, a number of Python's or JAX's, or `UserError` unless it is a share."""
+  if isinstance(momentum, jax.Array):  # of a schedule; it may be traced
+    return momentum
   number = isinstance(momentum, (int, float, np.number)) and not isinstance(momentum, bool)
   if not (number and 0 <= momentum <= 1):
     raise UserError(
       f'{what} is {momentum!r}; it must be a number from 0 to 1, the share of the running '
       "statistics that a step keeps (one minus PyTorch's momentum)."
     )
+  return plain(momentum)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbam_jax.errors import UserError, check_dtypes, whole
+from cbam_jax.errors import ChannelsError, UserError, check_dtypes, whole
 from cbam_jax.layers import few_channels
 from cbam_jax.layers.batch_norm import BatchNorm
 from cbam_jax.layers.dtypes import Dtype
@@ -54,6 +54,11 @@ class Conv(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   def __post_init__(self) -> None:
+    if not isinstance(self.kernel_size, (tuple, list)):
+      raise UserError(
+        f"a convolution's kernel_size is {self.kernel_size!r}; it must be one size for each "
+        'spatial axis, as (3, 3).'
+      )
     self.kernel_size = tuple(whole("a convolution's kernel_size", v) for v in self.kernel_size)
     if any(size % 2 == 0 for size in self.kernel_size):
       raise UserError(
@@ -64,7 +69,8 @@ class Conv(nn.Module):
       setattr(self, name, whole(f"a convolution's {name}", getattr(self, name)))
     if self.features % self.groups:
       raise UserError(
-        f"a convolution's groups={self.groups} do not divide its features={self.features}."
+        f"a convolution's groups={self.groups} do not divide its features={self.features}; choose "
+        'a divisor of both the features and the channels that come in.'
       )
     check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
     super().__post_init__()
@@ -98,9 +104,9 @@ class Conv(nn.Module):
       )
     shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
     if self.has_variable('params', 'kernel'):
-      stored = jnp.shape(self.get_variable('params', 'kernel'))
-      if stored[-2] != shape[-2]:
-        raise UserError(
+      stored = jnp.shape(nn.meta.unbox(self.get_variable('params', 'kernel')))
+      if len(stored) == len(shape) and stored[-2] != shape[-2]:
+        raise ChannelsError(
           f'a convolution of {stored[-2] * self.groups} channels got an input of shape {x.shape}; '
           'channels come last, (N, *spatial, C).'
         )

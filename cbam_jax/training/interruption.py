@@ -1,4 +1,4 @@
-"""Preemption and Ctrl-C: SIGTERM and SIGINT end a run at the next step, with exit status 0."""
+"""Preemption and Ctrl-C: SIGTERM and SIGINT end a run after the step under way."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ class Interruption:
   A step, an evaluation or a compilation may keep Python from running for longer than the machine
   has left; a thread of its own then ends the process, whose earlier checkpoints are whole. SIGINT
   (Ctrl-C) is noted too, and the second one does what it did before.
+
+  Attributes:
+    by_keyboard: Whether it was SIGINT.
   """
 
   def __init__(self) -> None:
+    self.by_keyboard = False
     self._requested = False
     self._done = threading.Event()
     self._previous: dict[int, Any] = {}
@@ -33,10 +37,10 @@ class Interruption:
     # Several processes are told by JAX's own handler, which lets them agree on a step.
     alone = jax.process_count() == 1
     if alone and threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        # A shell has its background jobs ignore Ctrl-C.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-          self._previous[number] = signal.signal(number, self._note)
+      self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
+      # A shell has its background jobs ignore Ctrl-C.
+      if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
       # The interpreter writes to this pair as the signal comes, even while C++ code is running.
       self._heard, self._told = socket.socketpair()
       self._told.setblocking(False)
@@ -55,7 +59,8 @@ class Interruption:
     if self._previous:
       signal.set_wakeup_fd(self._previous_fd)
       for number, handler in self._previous.items():
-        signal.signal(number, handler)
+        if handler is not None:  # as of one that Python did not set
+          signal.signal(number, handler)
       self._told.close()
       self._watcher.join()
 
@@ -68,7 +73,10 @@ class Interruption:
   def _note(self, number: int, frame: FrameType | None) -> None:
     self._requested = True
     if number == signal.SIGINT:
-      signal.signal(number, self._previous[number])
+      self.by_keyboard = True
+      signal.signal(number, self._previous[number] or signal.default_int_handler)
+      # Not by print, which this handler may have interrupted.
+      os.write(2, b'\nStopping after this step. Again to stop without a checkpoint.\n')
 
   def _watch(self) -> None:
     with self._heard:

@@ -39,6 +39,7 @@ def train(
 
   Raises:
     UserError: On a configuration that cannot be run, or a folder of another run.
+    KeyboardInterrupt: On Ctrl-C, after a checkpoint.
     RunError: If the run cannot go on: a loss that is not finite, a checkpoint that cannot be
       written or read, too many images that cannot be decoded.
   """
@@ -192,6 +193,8 @@ class _Run:
     self.report.say(
       f'Interrupted: step {step} is saved. Run the same command again to go on from there.'
     )
+    if self.interruption.by_keyboard:
+      raise KeyboardInterrupt
 
   def _say(self, text: str) -> None:
     if jax.process_index() == 0:

@@ -144,7 +144,8 @@ def make_train_step(
 
     if len(batch['image']) % accumulate:
       raise UserError(
-        f'accumulate={accumulate} does not divide the batch of {len(batch["image"])}.'
+        f'accumulate={accumulate} does not divide the batch of {len(batch["image"])}; choose a '
+        'divisor of it.'
       )
     # Every part takes its examples from all over the batch, so from every device alike.
     parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -172,9 +173,9 @@ def make_train_step(
     if average_decay is not None:
       average = optax.incremental_update(params, average, 1 - average_decay)
 
-    # The schedule counts the steps that were not passed over, as whatever else in it counts.
-    counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, 'count')
-    rate = learning_rate(counts[-1][1] if counts else state.step)
+    # The schedule counts the steps that were not passed over.
+    count = optax.tree_utils.tree_get(state.opt_state, 'count', state.step, filtering=_of_schedule)
+    rate = learning_rate(count)
     finite = jnp.isfinite(metrics['loss']) & _all_finite(gradients)
     changed = TrainState(
       step=state.step,
@@ -192,6 +193,11 @@ def make_train_step(
     return state.replace(step=state.step + 1), metrics
 
   return train_step
+
+
+def _of_schedule(path: tuple[Any, ...], value: Any) -> bool:
+  del value
+  return getattr(path[-1], 'tuple_name', None) == 'ScaleByScheduleState'
 
 
 def _all_finite(tree: Any) -> jax.Array:

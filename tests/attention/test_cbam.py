@@ -1,4 +1,5 @@
 import functools
+import json
 
 import flax.linen as nn
 import jax
@@ -6,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cbam_jax import CBAM
+from cbam_jax import CBAM, create_model
 from cbam_jax.errors import UserError
+from cbam_jax.models.description import describe, from_description
 from tests.attention import definitions
 from tests.layers.random_variables import random_features, random_variables
 
@@ -111,9 +113,14 @@ def test_inside_a_users_module():
 
 
 def test_numbers_may_be_numpys_and_pools_a_list():
-  module = CBAM(reduction=np.int64(16), spatial_kernel=np.int64(7), pools=['avg', 'max'])
-  assert module == CBAM()
-  assert hash(module) == hash(CBAM())
+  made = functools.partial(
+    CBAM, reduction=np.int64(8), spatial_kernel=np.int64(3), norm_momentum=np.float64(0.5)
+  )
+  module = made(pools=['avg', 'max'])
+  assert module == CBAM(reduction=8, spatial_kernel=3, norm_momentum=0.5)
+  assert hash(module) == hash(CBAM(reduction=8, spatial_kernel=3, norm_momentum=0.5))
+  network = create_model('resnet18', attention=made, num_classes=np.int64(10))
+  assert from_description(json.loads(json.dumps(describe(network)))).attention() == made()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +130,7 @@ def test_numbers_may_be_numpys_and_pools_a_list():
     ({'spatial_kernel': True}, 'kernel_size .* is True; .* positive odd'),
     ({'spatial_kernel': 4}, 'kernel_size .* is 4; .* positive odd'),
     ({'group_size': '2'}, "group_size is '2'; it must be an integer"),
-    ({'dtype': jnp.int32}, "has dtype 'int32'; it computes"),
+    ({'dtype': jnp.int32}, "has dtype 'int32'; it must be floating"),
   ],
 )
 def test_fields_that_cannot_be(fields, message):

@@ -1,5 +1,6 @@
 """SIGTERM, by which machines are taken away, and Ctrl-C: a checkpoint, exit status 0, in time."""
 
+import os
 import signal
 import time
 
@@ -13,31 +14,48 @@ pytestmark = pytest.mark.chaos
 NOTICE_SECONDS = 30
 
 
-def terminate(trainer, workdir, when, *arguments, number=signal.SIGTERM) -> str:
-  """Starts a training and sends a signal; returns what it has printed."""
+def terminate(trainer, workdir, when, *arguments) -> str:
+  """Starts a training and sends SIGTERM; returns what it has printed."""
   with trainer.start(workdir, *arguments) as training:
     training.wait_until(lambda: when(training))
     started = time.monotonic()
-    training.signal(number)
+    training.signal(signal.SIGTERM)
     assert training.wait() == 0, training.output()
     assert time.monotonic() - started < NOTICE_SECONDS
     assert 'Traceback' not in training.output()
     return training.output()
 
 
-@pytest.mark.parametrize(
-  'number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
-def test_a_preempted_run_saves_and_goes_on(trainer, undisturbed, tmp_path, number):
-  if signal.getsignal(number) is signal.SIG_IGN:
-    pytest.skip('Ctrl-C is ignored here, and so by what is started here')
+def test_a_preempted_run_saves_and_goes_on(trainer, undisturbed, tmp_path):
   workdir = tmp_path / 'run'
   rare = '--config.checkpoints.every_steps=1000'
-  said = terminate(trainer, workdir, lambda _: logged(workdir), rare, number=number)
+  said = terminate(trainer, workdir, lambda _: logged(workdir), rare)
   (step,) = saved_steps(workdir)
   assert 3 <= step < 22
   assert f'Interrupted: step {step} is saved. Run the same command again' in said
   assert f'going on from step {step}' in trainer.complete(workdir, rare)
+  assert_same_run(workdir, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0, 2])
+def test_ctrl_c_saves_and_the_run_goes_on(trainer, undisturbed, tmp_path, workers):
+  """A terminal sends it to the whole group of processes, workers included."""
+  workdir = tmp_path / 'run'
+  options = '--config.checkpoints.every_steps=1000', f'--config.data.workers={workers}'
+  # What is started in the background ignores it.
+  hearing = ('env', '--default-signal=INT')
+  with trainer.start(workdir, *options, prefix=hearing) as training:
+    training.wait_until(lambda: logged(workdir))
+    os.killpg(training.process.pid, signal.SIGINT)
+    assert training.wait() == 128 + signal.SIGINT, training.output()
+    said = training.output()
+  (step,) = saved_steps(workdir)
+  assert 3 <= step < 22
+  assert 'Stopping after this step' in said
+  assert f'Interrupted: step {step} is saved' in said
+  assert 'Traceback' not in said
+  assert f'going on from step {step}' in trainer.complete(workdir, *options)
   assert_same_run(workdir, undisturbed)
 
 

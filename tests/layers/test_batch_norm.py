@@ -160,17 +160,3 @@ def test_an_empty_batch_has_no_statistics():
   variables = norm.init(jax.random.key(0), jnp.ones((2, 3)), train=True)
   with pytest.raises(UserError, match=r'0 value\(s\) a channel'):
     train_step(norm, variables, jnp.ones((0, 3)))
-
-
-def test_features_far_from_zero_keep_their_variance():
-  """Once the running mean is near; about zero, float32 has no digit left of a variance of 0.01."""
-  x = jnp.asarray(300 + 0.1 * random_features((16, 8, 8, 4), dtype=np.float32), jnp.float32)
-  norm = BatchNorm()
-  variables = norm.init(jax.random.key(0), x, train=True)
-  exact = np.asarray(x, np.float64)
-  variables['batch_stats']['mean'] = jnp.full(4, 299.5)
-  y, updates = train_step(norm, variables, x)
-  variance = exact.var((0, 1, 2)) * 1024 / 1023
-  np.testing.assert_allclose(updates['batch_stats']['var'], 0.9 + 0.1 * variance, rtol=1e-6)
-  normal = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + 1e-5)
-  np.testing.assert_allclose(y, normal, atol=2e-3)

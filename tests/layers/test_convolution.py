@@ -279,11 +279,21 @@ def test_any_platform_holds_no_choice():
     ({'strides': -1}, 'strides is -1; it must be an integer of at least 1'),
     ({'groups': 3}, 'groups=3 do not divide its features=8'),
     ({'dtype': jnp.int8}, "Conv has dtype 'int8'"),
+    ({'dtype': 'banana'}, "Conv has dtype 'banana'"),
+    ({'kernel_size': 3}, r'kernel_size is 3; .* each spatial axis, as \(3, 3\)'),
   ],
 )
 def test_fields_that_cannot_be(fields, message):
   with pytest.raises(UserError, match=message):
     Conv(**{'features': 8, 'kernel_size': (3, 3)} | fields)
+
+
+def test_kernels_may_be_boxed():
+  init = nn.with_partitioning(nn.initializers.ones, (None, None, None, 'model'))
+  conv, x = Conv(8, (3, 3), kernel_init=init), jnp.ones((1, 4, 4, 3))
+  variables = conv.init(jax.random.key(0), x)
+  assert isinstance(variables['params']['kernel'], nn.Partitioned)
+  np.testing.assert_array_equal(conv.apply(variables, x)[0, 1, 1], np.full(8, 27))
 
 
 def test_channels_first():

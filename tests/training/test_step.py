@@ -208,9 +208,9 @@ def step_of(optimizer, rate=lambda step: 0.1, **options):
 
 
 def test_another_optimizer_with_a_schedule():
-  """Adam's state has two counts."""
+  """Adam counts too, and so does what sums three steps."""
   rate = optax.linear_schedule(0.1, 0.0, 10)
-  step, state, batch = step_of(optax.adam(rate), rate)
+  step, state, batch = step_of(optax.chain(optax.adam(rate), optax.apply_every(3)), rate)
   rates = []
   for _ in range(3):
     state, metrics = jax.jit(step)(state, batch)
