@@ -49,6 +49,13 @@ class BatchNorm(nn.Module):
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
 
+  def __post_init__(self) -> None:
+    self.momentum = momentum_share("a batch norm's momentum", self.momentum)
+    if self.group_size is not None:
+      self.group_size = whole('group_size', self.group_size)
+    check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
+    super().__post_init__()
+
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Normalises `x`.
 
@@ -64,13 +71,6 @@ class BatchNorm(nn.Module):
     """
     scale, offset = self.affine(x, train=train)
     return (x.astype(scale.dtype) * scale + offset).astype(self.dtype or x.dtype)
-
-  def __post_init__(self) -> None:
-    self.momentum = momentum_share("a batch norm's momentum", self.momentum)
-    if self.group_size is not None:
-      self.group_size = whole('group_size', self.group_size)
-    check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
-    super().__post_init__()
 
   @nn.compact
   def affine(
