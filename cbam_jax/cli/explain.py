@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from cbam_jax.cli.network import add_network_arguments, load_network
 from cbam_jax.cli.pictures import find_pictures
 from cbam_jax.data.boxes import read_coco, read_voc
-from cbam_jax.errors import RunError, UserError, check_choice, near
+from cbam_jax.errors import SHOWN, RunError, UserError, check_choice, near
 from cbam_jax.explain.reading import read_picture, shown
 from cbam_jax.explain.score import compare, summarise
 from cbam_jax.explain.scoring import score_networks
@@ -160,6 +160,10 @@ def _views(
   return [list(views) for views in zip(*by_network, strict=True)]
 
 
+def _some(classes: Sequence[str]) -> str:
+  return f': {", ".join(classes[:SHOWN])}{", ..." if len(classes) > SHOWN else ""}'
+
+
 def _class_number(network: Pretrained, chosen: str | None) -> int | None:
   if chosen is None:
     return None
@@ -169,7 +173,7 @@ def _class_number(network: Pretrained, chosen: str | None) -> int | None:
     return int(chosen)
   raise UserError(
     f'--class is {chosen!r}; give a number, or one of the names of the classes'
-    f'{" (--class-names tells them)" if network.classes is None else ""}.'
+    f'{_some(network.classes) if network.classes else " (--class-names tells them)"}.'
     f'{near(chosen, network.classes or ())}'
   )
 

@@ -101,7 +101,8 @@ def _read_torch(path: Path) -> Any:
     ) from error
   except Exception as error:  # a damaged file makes torch raise nearly anything
     raise UserError(
-      f'{path} is damaged or not a PyTorch file ({first_line(error)}); fetch it again.'
+      f'{path} is damaged or not a PyTorch file ({type(error).__name__}: {first_line(error)}); '
+      'fetch it again.'
     ) from error
 
 

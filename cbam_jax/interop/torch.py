@@ -6,7 +6,7 @@ are laid side by side, and nothing may be missing, left over or of another shape
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -59,11 +59,12 @@ def from_torch(
   entries = _entries(model, rows, kernels)
   wanted = {entry.name: entry.torch_shape for entry in entries if entry.in_torch}
   found = [name for name in wanted if name in given]
+  left_over = [name for name in given if name not in wanted]
   check_problems(
     f'the state dict, read in the layout {layout!r}, does not fit {type(model).__name__}',
     {
       'missing': [name for name in wanted if name not in given],
-      'left over': [name for name in given if name not in wanted],
+      'left over': left_over,
       'of the wrong shape': [
         f'{name} {given[name].shape} instead of {wanted[name]}'
         for name in found
@@ -75,8 +76,8 @@ def from_torch(
         if not jnp.issubdtype(given[name].dtype, jnp.floating)
       ],
     },
-    'Make the network as the one that wrote it: its name, attention, stem, num_classes and width; '
-    f'or name the layout: {", ".join(layouts)}.',
+    f'{_attention_in(left_over)}Make the network as the one that wrote it: its name, attention, '
+    f'stem, num_classes and width; or name the layout: {", ".join(layouts)}.',
   )
   flat = {}
   for entry in entries:
@@ -87,6 +88,21 @@ def from_torch(
     else:
       flat[entry.path] = jnp.zeros(entry.shape, entry.dtype)
   return unflatten_dict(flat)
+
+
+def _attention_in(left_over: Sequence[str]) -> str:
+  """The sentence that tells of an attention in names that a network has no place for."""
+  parts = {part for name in left_over for part in name.split('.')}
+  # timm calls its CBAM 'se' too.
+  if 'cbam' in parts or {'se', 'channel', 'spatial'} <= parts:
+    attention = 'cbam'
+  elif 'bam1' in parts:
+    attention = 'bam'
+  elif 'se' in parts:
+    attention = 'se'
+  else:
+    return ''
+  return f'What is left over looks like attention={attention!r}. '
 
 
 def to_torch(

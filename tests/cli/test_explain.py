@@ -236,6 +236,7 @@ def test_networks_are_scored_on_the_same_boxes(home, boxed, capsys):
     (['--compare=cbam,cbam'], 'has a name twice'),
     (['--method=eigen_cam', '--class=newt'], 'Eigen-CAM knows no classes'),
     (['--class=newd'], "Did you mean 'newt'"),
+    (['--class=zebra'], 'one of the names of the classes: '),
     (['--class=3'], 'has classes 0 to 2'),
     (['--method=gradcam'], "Did you mean 'grad_cam'"),
     (['--stage=stage5'], 'stage5'),

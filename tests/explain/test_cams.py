@@ -277,7 +277,9 @@ def test_compiled_or_not_they_are_the_same(method, make, x64):
   assert_close(jax.jit(of)(variables, images, *labels), cams, 1e-10)
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+  'method', [grad_cam, pytest.param(grad_cam_plus_plus, marks=pytest.mark.slow)]
+)
 def test_vmap_over_classes(method):
   variables, images = case(resnet)
   cams = jax.vmap(lambda label: compiled(method)(variables, images, label))(jnp.arange(5))

@@ -235,6 +235,21 @@ def test_one_error_names_everything_in_variables(cbam):
   ]
 
 
+@pytest.mark.parametrize(
+  ('attention', 'layout'),
+  [('cbam', 'official'), ('cbam', 'timm'), ('bam', 'official'), ('se', 'timm')],
+)
+def test_a_forgotten_attention_is_named(attention, layout):
+  model = create_model('resnet18', attention=attention, stem='cifar', width=0.25)
+  variables = random_variables(model, (1, 8, 8, 3))
+  if layout == 'timm' and attention == 'cbam':
+    variables = without_biases(variables)
+  state_dict = to_torch(model, variables, layout)
+  plain = create_model('resnet18', stem='cifar', width=0.25)
+  with pytest.raises(UserError, match=f"What is left over looks like attention='{attention}'"):
+    from_torch(plain, state_dict)
+
+
 def test_long_lists_are_cut():
   model = create_model('resnet18', attention='cbam', num_classes=2)
   with pytest.raises(UserError, match=r'missing \(174\): conv1\.weight, .*, \.\.\.') as info:

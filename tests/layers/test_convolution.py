@@ -192,7 +192,7 @@ def test_a_gpu_normalizes_within_the_convolution():
 @pytest.mark.parametrize(
   ('name', 'attention'),
   [
-    ('resnet18', 'cbam'),
+    pytest.param('resnet18', 'cbam', marks=pytest.mark.slow),
     pytest.param('resnet18', 'bam', marks=pytest.mark.slow),
     pytest.param('mobilenet_v1', 'cbam', marks=pytest.mark.slow),
     pytest.param('resnext50_32x4d', 'se', marks=pytest.mark.slow),

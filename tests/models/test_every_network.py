@@ -1,5 +1,7 @@
 """One sweep over the registry: every network with every attention."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +49,13 @@ def small_vgg(monkeypatch):
   monkeypatch.setattr(vgg, 'POOLED_SIDE', 1)
 
 
-@pytest.mark.parametrize(('name', 'attention'), ALL)
+@pytest.mark.parametrize(
+  ('name', 'attention'),
+  [
+    pytest.param(*case, marks=pytest.mark.slow if re.search('101|152', case[0]) else ())
+    for case in ALL
+  ],
+)
 def test_shapes_types_and_use_of_every_variable(name, attention):
   model = make(name, attention, num_classes=7, dtype=jnp.bfloat16)
   images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)

@@ -144,6 +144,7 @@ def gate_gradients(model, gradients):
   return norms
 
 
+@pytest.mark.slow
 def test_both_slots_at_once():
   fields = {'stage_sizes': (1, 1)}
   plain, x = make('resnet18', **fields), images()

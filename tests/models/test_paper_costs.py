@@ -87,14 +87,23 @@ def printed(cost, digits, unit):
   return f'{cost / unit:.{digits}f}'
 
 
-@pytest.mark.parametrize(('name', 'attention', 'params', 'gflops'), TABLE_4 + TABLE_5)
+@pytest.mark.parametrize(
+  ('name', 'attention', 'params', 'gflops'),
+  [
+    pytest.param(*row, marks=pytest.mark.slow if '101' in row[0] else ())
+    for row in TABLE_4 + TABLE_5
+  ],
+)
 def test_tables_4_and_5(name, attention, params, gflops):
   cost = costs(name, attention)
   assert printed(cost.params, 2, 1e6) == f'{params:.2f}'
   assert printed(cost.multiply_adds, 3, 1e9) == f'{gflops:.3f}'
 
 
-@pytest.mark.parametrize(('fields', 'params', 'gflops'), TABLE_2)
+@pytest.mark.parametrize(
+  ('fields', 'params', 'gflops'),
+  [pytest.param(*row, marks=pytest.mark.slow if i % 3 else ()) for i, row in enumerate(TABLE_2)],
+)
 def test_table_2(fields, params, gflops):
   cost = costs('resnet50', functools.partial(CBAM, **fields))
   assert printed(cost.params, 2, 1e6) == f'{params:.2f}'

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +87,8 @@ def test_basic_blocks_have_no_1x1_to_step_in():
 def test_initial_values():
   """Kaiming fan out for convolutions, fan in for the classifier; scales 1, biases 0."""
   model = make('resnet18', 'cbam', num_classes=100, stage_sizes=(1,))
-  variables = model.init(jax.random.key(0), jnp.ones((1, 16, 16, 3)), train=False)
+  init = jax.jit(functools.partial(model.init, train=False))
+  variables = init(jax.random.key(0), jnp.ones((1, 16, 16, 3)))
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables['params']):
     *where, last = (part.key for part in path)
     if last == 'bias':

@@ -167,7 +167,9 @@ def test_the_configuration_decides_when_the_test_set_is_evaluated(tiny_config, t
 # ---- interruptions ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('step', [0, 4, 7])
+@pytest.mark.parametrize(
+  'step', [pytest.param(0, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
   tiny_config, finished, monkeypatch, train, tmp_path, step
 ):

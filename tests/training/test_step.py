@@ -259,6 +259,7 @@ def test_eight_devices_compute_what_one_does(monkeypatch, tiny_config, group_siz
   assert_close(state.variables, expected.variables, 1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does_in_float64(monkeypatch, tiny_config, x64):
   allow_float64(monkeypatch)
   tiny_config.dtype = 'float64'
