@@ -255,6 +255,7 @@ def test_network_in_eval_mode(case, prepare, x64):
 
 
 SLOW_IN_FLOAT32 = (
+  'official_imagenet_resnet50_cbam',
   'official_imagenet_resnet18_none',
   'official_imagenet_resnet18_bam',
   'official_imagenet_resnet18_cbam',

@@ -139,7 +139,7 @@ def lay_out(folder: Path) -> str:
   [
     ('digits', None),
     pytest.param('imagenet:resnet18,cbam,modern', 'imagenet2012', marks=pytest.mark.slow),
-    ('finetune', 'pictures'),
+    pytest.param('finetune', 'pictures', marks=pytest.mark.slow),
     pytest.param('imagenet:resnet18,cbam', 'imagenet2012', marks=pytest.mark.slow),
     pytest.param('cifar10', 'cifar10', marks=pytest.mark.slow),
     pytest.param('fashion_mnist', 'fashion_mnist', marks=pytest.mark.slow),

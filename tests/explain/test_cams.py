@@ -205,6 +205,7 @@ def assert_as_with_probes(name, attention, side, **fields):
     np.testing.assert_allclose(cams[stage], np.maximum(sums, 0), rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_stages_against_a_probe(x64):
   assert_as_with_probes('resnet18', 'cbam', 8, stem='cifar', stage_sizes=(1, 1))
 

@@ -249,6 +249,7 @@ def test_stablehlo_without_its_package(trained, artifact, tmp_path, monkeypatch)
 # ---- the command -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_takes_pixels(trained, tmp_path, capsys):
   arrays = to_torch(trained.model, trained.variables)
   safetensors.numpy.save_file(arrays, tmp_path / 'net.safetensors')

@@ -7,6 +7,7 @@ from tests.layers.random_variables import random_features, random_variables
 from tests.models.networks import make
 
 
+@pytest.mark.slow
 def test_computing_again_changes_nothing(x64):
   images, weights = random_features((3, 14, 14, 3)), random_features((3, 5), seed=2)
   plain, remat = (
