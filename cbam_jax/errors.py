@@ -62,6 +62,11 @@ def whole(what: str, value: Any) -> int:
   return int(value)
 
 
+def checked_group_size(size: Any) -> int | None:
+  """How many examples share a batch norm's statistics, or `UserError`; None for all of them."""
+  return None if size is None else whole('group_size', size)
+
+
 def check_dtypes(what: str, *dtypes: Any) -> None:
   """Raises `UserError` unless each of `dtypes` is None or a floating type."""
   for dtype in dtypes:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbam_jax.attention.mlp import checked_reduction, hidden_size, torch_linear_init
-from cbam_jax.errors import check_choice, check_dtypes, check_feature_map, whole
+from cbam_jax.errors import check_choice, check_dtypes, check_feature_map, checked_group_size, whole
 from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32
 
 COMBINATIONS = ('product', 'sum')
@@ -86,8 +86,7 @@ class BAM(nn.Module):
     self.reduction = checked_reduction(type(self).__name__, self.reduction)
     check_choice('the combination of BAM', self.combine, COMBINATIONS)
     self.dilation = whole("BAM's dilation", self.dilation)
-    if self.group_size is not None:
-      self.group_size = whole('group_size', self.group_size)
+    self.group_size = checked_group_size(self.group_size)
     check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
     super().__post_init__()
 

@@ -12,9 +12,9 @@ from cbam_jax.errors import (
   check_choice,
   check_dtypes,
   check_feature_map,
+  checked_group_size,
   is_whole,
   plain,
-  whole,
 )
 from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32, max_over_axis
 from cbam_jax.layers.batch_norm import momentum_share
@@ -59,8 +59,7 @@ class SpatialAttention(nn.Module):
       )
     self.kernel_size = plain(self.kernel_size)
     self.norm_momentum = momentum_share("spatial attention's norm_momentum", self.norm_momentum)
-    if self.group_size is not None:
-      self.group_size = whole('group_size', self.group_size)
+    self.group_size = checked_group_size(self.group_size)
     check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
     super().__post_init__()
 

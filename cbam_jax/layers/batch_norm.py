@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cbam_jax.errors import UserError, check_dtypes, plain, whole
+from cbam_jax.errors import UserError, check_dtypes, checked_group_size, plain
 from cbam_jax.layers.dtypes import Dtype, at_least_float32
 
 
@@ -51,8 +51,7 @@ class BatchNorm(nn.Module):
 
   def __post_init__(self) -> None:
     self.momentum = momentum_share("a batch norm's momentum", self.momentum)
-    if self.group_size is not None:
-      self.group_size = whole('group_size', self.group_size)
+    self.group_size = checked_group_size(self.group_size)
     check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
     super().__post_init__()
 

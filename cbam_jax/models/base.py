@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cbam_jax.attention import CBAM
-from cbam_jax.errors import check_choice, check_dtypes, check_feature_map, whole
+from cbam_jax.errors import check_choice, check_dtypes, check_feature_map, checked_group_size, whole
 from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32
 
 STEMS = ('imagenet', 'cifar')
@@ -54,8 +54,7 @@ class Classifier(nn.Module):
   def __post_init__(self) -> None:
     check_choice('the stem', self.stem, STEMS)
     self.num_classes = whole('num_classes', self.num_classes)
-    if self.group_size is not None:
-      self.group_size = whole('group_size', self.group_size)
+    self.group_size = checked_group_size(self.group_size)
     check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
     super().__post_init__()
 
