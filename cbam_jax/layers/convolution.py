@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbam_jax.errors import ChannelsError, UserError, check_dtypes, whole
-from cbam_jax.layers import few_channels
+from cbam_jax.layers import few_channels, grouped, kernel_gradient
 from cbam_jax.layers.batch_norm import BatchNorm
 from cbam_jax.layers.dtypes import Dtype
 from cbam_jax.layers.platforms import by_platform
@@ -150,18 +151,28 @@ class Conv(nn.Module):
       # XLA's CPU convolution runs a 1x1 several times slower than the same matrix product. On a GPU
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
       return by_platform(x, kernel, cpu=self._pointwise, default=self._convolve)
-    on_cuda = (
-      few_channels.faster(x, kernel, self.strides) if self.groups == self.dilation == 1 else None
-    )
-    if on_cuda is None:
+    if self.groups > 1:
+      on_cpu = grouped.faster(kernel, self.groups, self.strides, self.dilation, self._convolve)
+      return by_platform(
+        x, kernel, cpu=on_cpu, default=functools.partial(self._convolve, groups=self.groups)
+      )
+    faster = {}
+    if self.dilation == 1 and (on_cuda := few_channels.faster(x, kernel, self.strides)):
+      faster['cuda'] = on_cuda
+    if self.dilation == self.strides == 1 and kernel_gradient.faster(x, kernel):
+      faster['cpu'] = lambda x, kernel: kernel_gradient.with_products(x, kernel, self._convolve)
+    if not faster:
       return self._convolve(x, kernel)
-    return by_platform(x, kernel, cuda=on_cuda, default=self._convolve)
+    return by_platform(x, kernel, default=self._convolve, **faster)
 
   def _pointwise(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     steps = (slice(None), *(slice(None, None, self.strides) for _ in self.kernel_size))
-    return jnp.dot(x[steps], kernel.reshape(kernel.shape[-2:]))
+    x = x[steps]
+    # Flat, since XLA would transpose a copy of what the kernel's gradient sums over several axes.
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[-2:]))
+    return y.reshape(*x.shape[:-1], -1)
 
-  def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  def _convolve(self, x: jax.Array, kernel: jax.Array, groups: int = 1) -> jax.Array:
     axes = len(self.kernel_size)
     letters = 'DHW'[3 - axes :]
     return lax.conv_general_dilated(
@@ -171,5 +182,5 @@ class Conv(nn.Module):
       padding=[(self.dilation * (size - 1) // 2,) * 2 for size in self.kernel_size],
       rhs_dilation=(self.dilation,) * axes,
       dimension_numbers=(f'N{letters}C', f'{letters}IO', f'N{letters}C'),
-      feature_group_count=self.groups,
+      feature_group_count=groups,
     )

@@ -1,0 +1,113 @@
+"""Convolutions of groups, as a CPU computes them, against XLA's own."""
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbam_jax.layers import Conv, any_platform, grouped
+from tests.layers.random_variables import random_features, random_variables
+
+SPATIAL = (9, 8, 5)
+
+
+def results(conv, variables, x):
+  """The features and, under `jit`, their gradients by kernel and input."""
+  y = conv.apply(variables, x)
+  cotangent = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+  back = jax.jit(lambda *inputs: jax.vjp(conv.apply, *inputs)[1](cotangent))
+  return y, back(variables, x)
+
+
+@pytest.mark.parametrize('axes', [1, 2, 3])
+@pytest.mark.parametrize(
+  ('groups', 'channels', 'features'),
+  [
+    pytest.param(6, 6, 6, id='depthwise'),
+    pytest.param(6, 6, 12, id='two features a channel'),
+    pytest.param(7, 28, 14, id='blocks of four groups, and one of three'),
+    pytest.param(2, 40, 6, id='groups wider than a block'),
+  ],
+)
+@pytest.mark.parametrize(
+  ('size', 'strides', 'dilation'), [(3, 1, 1), (3, 2, 1), (1, 2, 1), (5, 3, 2)]
+)
+def test_against_xla(groups, channels, features, axes, size, strides, dilation, x64):
+  conv = Conv(features, (size,) * axes, strides, dilation, groups=groups, param_dtype=jnp.float64)
+  x = random_features((2, *SPATIAL[:axes], channels))
+  variables = random_variables(conv, x)
+  with any_platform():
+    expected = results(conv, variables, x)
+  assert_allclose = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
+  jax.tree.map(assert_allclose, results(conv, variables, x), expected)
+
+
+@pytest.mark.parametrize('groups', [2, 8])
+def test_forward_mode_and_vmap(groups, x64):
+  conv = Conv(8, (3, 3), groups=groups, param_dtype=jnp.float64)
+  x = random_features((3, 1, 6, 5, 8))
+  variables = random_variables(conv, x[0])
+  apply = jax.vmap(functools.partial(conv.apply, variables))
+  pushed = jax.jvp(apply, (x,), (jnp.sin(x),))
+  np.testing.assert_allclose(pushed[1], apply(jnp.sin(x)), rtol=1e-11, atol=1e-12)
+  np.testing.assert_allclose(pushed[0][1], conv.apply(variables, x[1]), rtol=1e-12)
+
+
+@pytest.mark.parametrize('groups', [4, 32])
+def test_bfloat16_sums_in_float32(groups):
+  x = jax.random.normal(jax.random.key(0), (2, 9, 9, 32), jnp.bfloat16)
+  conv = Conv(32, (5, 5), groups=groups, dtype=jnp.bfloat16)
+  variables = random_variables(conv, x)
+  y = conv.apply(variables, x)
+  assert y.dtype == jnp.bfloat16
+  exact = conv.clone(dtype=jnp.float32).apply(
+    jax.tree.map(lambda v: v.astype(jnp.bfloat16).astype(jnp.float32), variables),
+    x.astype(jnp.float32),
+  )
+  np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize('groups', [4, 16])
+def test_no_convolution_of_groups_is_compiled(groups):
+  conv = Conv(16, (3, 3), groups=groups)
+  x = jnp.ones((2, 8, 8, 16))
+  variables = random_variables(conv, x)
+
+  def compiled():
+    gradient = jax.grad(lambda v, x: jnp.sum(conv.apply(v, x) ** 2))
+    return jax.jit(gradient).lower(variables, x).compile().as_text()
+
+  assert 'group_count' not in compiled()
+  with any_platform():
+    assert 'group_count' in compiled()
+
+
+def test_a_depthwise_gradient_stores_no_copy_for_each_tap():
+  conv = Conv(8, (5, 5), groups=8)
+  x = jnp.ones((2, 32, 32, 8))
+  variables = random_variables(conv, x)
+  _, back = jax.vjp(conv.apply, variables, x)
+  stored = sum(v.nbytes for v in jax.tree.leaves(back) if hasattr(v, 'nbytes'))
+  assert stored < 2 * x.nbytes
+
+
+def test_images_of_any_size():
+  conv, x = Conv(6, (3, 3), 2, groups=6), jnp.ones((1, 9, 12, 6))
+  variables = random_variables(conv, x)
+  height, width = jax.export.symbolic_shape('h, w')
+  symbolic = jax.ShapeDtypeStruct((1, height, width, 6), jnp.float32)
+  exported = jax.export.export(jax.jit(conv.apply), platforms=('cpu', 'cuda'))(variables, symbolic)
+  np.testing.assert_allclose(exported.call(variables, x), conv.apply(variables, x), rtol=1e-5)
+
+
+def test_many_taps_are_not_compiled_apart():
+  conv, x = Conv(4, (9, 9), groups=4), jnp.ones((1, 9, 9, 4))
+  variables = random_variables(conv, x)
+  text = str(jax.make_jaxpr(conv.apply)(variables, x))
+  assert text.count(' mul ') < grouped.MOST_TAPS < 9 * 9
+  with any_platform():
+    expected = conv.apply(variables, x)
+  np.testing.assert_allclose(conv.apply(variables, x), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,117 @@
+"""The gradient of a kernel by products against XLA's own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbam_jax.layers import Conv, any_platform, kernel_gradient
+from tests.layers.random_variables import random_features, random_variables
+
+
+def convolve(x, kernel):
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (1, 1),
+    [(side // 2, side // 2) for side in kernel.shape[:2]],
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+
+
+# Rows that the blocks divide, and others; fewer rows than one block; a kernel of one row.
+@pytest.mark.parametrize('sides', [(3, 3), (1, 3), (5, 1), (3, 7)])
+@pytest.mark.parametrize('size', [(8, 6), (9, 5), (1, 4)])
+def test_by_products(size, sides, x64):
+  x, kernel = random_features((2, *size, 3)), random_features((*sides, 3, 4))
+  y = convolve(x, kernel)
+  np.testing.assert_allclose(kernel_gradient.by_products(x, kernel), y, rtol=1e-11, atol=1e-12)
+  cotangent = jnp.cos(y)
+  ours, theirs = (
+    jax.jit(lambda kernel, f=f: jax.vjp(lambda k: f(x, k), kernel)[1](cotangent)[0])(kernel)
+    for f in (kernel_gradient.by_products, convolve)
+  )
+  np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.fixture
+def layer(x64):
+  """A convolution that has its kernel's gradient by products, with variables and features."""
+  conv = Conv(64, (3, 3), param_dtype=jnp.float64)
+  x = random_features((2, 16, 5, 64))
+  variables = random_variables(conv, x)
+  assert 'scan' in str(jax.make_jaxpr(jax.grad(lambda v: conv.apply(v, x).sum()))(variables))
+  return conv, variables, x
+
+
+@pytest.mark.parametrize(
+  'derive',
+  [
+    pytest.param(lambda f, v, x: jax.grad(f, (0, 1))(v, x), id='both'),
+    pytest.param(lambda f, v, x: jax.grad(f, 1)(v, x), id='input'),
+    pytest.param(lambda f, v, x: jax.jvp(f, (v, x), (v, jnp.sin(x))), id='forward mode'),
+    pytest.param(lambda f, v, x: jax.jvp(lambda v: f(v, x), (v,), (v,)), id='forward, kernel'),
+    pytest.param(
+      lambda f, v, x: jax.grad(lambda v: jnp.sum(jax.grad(f, 1)(v, x) ** 2))(v), id='second'
+    ),
+    pytest.param(
+      lambda f, v, x: jax.jvp(lambda v: jax.grad(f)(v, x), (v,), (v,)), id='forward over reverse'
+    ),
+    pytest.param(
+      lambda f, v, x: jax.vmap(lambda x: jax.grad(f)(v, x[None]))(x), id='for each example'
+    ),
+  ],
+)
+def test_derivatives(derive, layer):
+  conv, variables, x = layer
+
+  def function(variables, x):
+    return jnp.sum(jnp.cos(conv.apply(variables, x)))
+
+  ours = jax.jit(functools.partial(derive, function))(variables, x)
+  with any_platform():
+    theirs = jax.jit(functools.partial(derive, function))(variables, x)
+  assert_allclose = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10)
+  jax.tree.map(assert_allclose, ours, theirs)
+
+
+def test_examples_on_their_own_devices_stay_there(layer):
+  conv, variables, x = layer
+  mesh = jax.make_mesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+
+  def gradient(variables, x):
+    return jax.grad(lambda v: jnp.sum(conv.apply(v, x) ** 2))(variables)
+
+  expected = jax.jit(gradient)(variables, x)
+  step = jax.jit(gradient).lower(variables, jax.device_put(x, sharding)).compile()
+  text = step.as_text()
+  assert 'all-reduce' in text
+  assert 'all-gather' not in text
+  assert 'all-to-all' not in text
+  actual = step(variables, jax.device_put(x, sharding))
+  assert_allclose = functools.partial(np.testing.assert_allclose, rtol=1e-10)
+  jax.tree.map(assert_allclose, actual, expected)
+
+
+def test_what_is_stored_is_the_features(layer):
+  conv, variables, x = layer
+  _, back = jax.vjp(lambda v: conv.apply(v, x), variables)
+  stored = sum(v.nbytes for v in jax.tree.leaves(back) if hasattr(v, 'nbytes'))
+  kernel = variables['params']['kernel']
+  # Padded, the features have a ninth and two fifths more.
+  assert stored < 2 * x.nbytes + kernel.nbytes
+
+
+@pytest.mark.parametrize(
+  'changed',
+  [{'strides': 2}, {'dilation': 2}, {'features': 32}, {'features': 160}, {'dtype': jnp.bfloat16}],
+)
+def test_others_are_left_to_xla(changed):
+  conv = Conv(**{'features': 64, 'kernel_size': (3, 3)} | changed)
+  x = jnp.ones((1, 16, 16, 64))
+  variables = random_variables(conv, x)
+  gradient = jax.grad(lambda v: conv.apply(v, x).astype(jnp.float32).sum())
+  assert 'scan' not in str(jax.make_jaxpr(gradient)(variables))
