@@ -152,17 +152,17 @@ class Conv(nn.Module):
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
       return by_platform(x, kernel, cpu=self._pointwise, default=self._convolve)
     if self.groups > 1:
-      on_cpu = grouped.faster(kernel, self.groups, self.strides, self.dilation, self._convolve)
+      on_cpu = grouped.faster(x, kernel, self.strides, self.dilation, self._convolve)
       return by_platform(
         x, kernel, cpu=on_cpu, default=functools.partial(self._convolve, groups=self.groups)
       )
     faster = {}
-    if self.dilation == 1 and (on_cuda := few_channels.faster(x, kernel, self.strides)):
-      faster['cuda'] = on_cuda
-    if self.dilation == self.strides == 1 and kernel_gradient.faster(x, kernel):
-      faster['cpu'] = lambda x, kernel: kernel_gradient.with_products(x, kernel, self._convolve)
-    if not faster:
-      return self._convolve(x, kernel)
+    if self.dilation == 1:
+      if on_cuda := few_channels.faster(x, kernel, self.strides):
+        faster['cuda'] = on_cuda
+      if kernel_gradient.products_are_faster(x, kernel, self.strides):
+        form = functools.partial(kernel_gradient.by_products, strides=self.strides)
+        faster['cpu'] = lambda *inputs: kernel_gradient.derived(*inputs, self._convolve, form)
     return by_platform(x, kernel, default=self._convolve, **faster)
 
   def _pointwise(self, x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbam_jax.layers import kernel_gradient
 from cbam_jax.layers.dtypes import at_least_float32
 
 # Narrower groups are computed together, up to so many channels: most of the products are then with
@@ -27,22 +28,27 @@ Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def faster(
-  kernel: jax.Array, groups: int, strides: int, dilation: int, convolve: Convolve
+  x: jax.Array, kernel: jax.Array, strides: int, dilation: int, convolve: Convolve
 ) -> Convolve:
-  """Which of the two below computes the convolution.
+  """Which of the two below computes the convolution of `x`.
 
   Args:
+    x: (N, *spatial, C).
     kernel: (*sides, C / groups, F).
-    groups: Groups of channels convolved apart.
     strides: Step on every spatial axis.
     dilation: Distance between the taps of the kernel.
     convolve: The convolution without groups, of (N, *spatial, C) and (*sides, C, F).
   """
   *sides, c, features = kernel.shape
-  if c == 1 and features == groups and math.prod(sides) <= MOST_TAPS:
-    # Computed again for the gradient, which would else store a copy of the features for each tap.
-    return jax.checkpoint(lambda x, kernel: depthwise(x, kernel, strides, dilation))
-  return lambda x, kernel: by_blocks(x, kernel, groups, convolve)
+  groups = x.shape[-1] // c
+  if c > 1 or features > groups or math.prod(sides) > MOST_TAPS:
+    return functools.partial(by_blocks, groups=groups, convolve=convolve)
+  by_itself = functools.partial(depthwise, strides=strides, dilation=dilation)
+  if dilation == 1 and kernel_gradient.has_rows(x, strides):
+    form = functools.partial(kernel_gradient.by_taps, strides=strides)
+    return lambda *inputs: kernel_gradient.derived(*inputs, by_itself, form)
+  # Computed again for the gradient, which would else store a copy of the features for each tap.
+  return jax.checkpoint(by_itself)
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, strides: int, dilation: int) -> jax.Array:

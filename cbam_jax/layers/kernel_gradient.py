@@ -1,62 +1,66 @@
-"""The gradient of a convolution's kernel as matrix products, for a CPU.
+"""Convolutions whose gradient by the kernel is computed in another form than XLA's, for a CPU.
 
 XLA convolves the features, transposed, with the gradient of what comes out, and reaches a fifth of
-the rate of a matrix product where the channels are few.
+the rate of a matrix product where the channels are few. The forms here are convolutions of which
+JAX derives the gradient: a few rows at a time, from what stays in the processor's cache.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-# Channels in and out between which products are faster than XLA's own.
-FEWEST, MOST = 64, 128
-# Rows of the features in one product, few enough for the processor's cache.
+from cbam_jax.layers.dtypes import at_least_float32
+
+# Rows of the result at a time.
 ROWS = 2
+# Channels between which products are faster than XLA's own.
+FEWEST, MOST = 32, 128
 
 Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def faster(x: jax.Array, kernel: jax.Array) -> bool:
-  """Whether products give the gradient of the kernel of a convolution of `x` at stride 1 sooner.
+def has_rows(x: jax.Array, strides: int) -> bool:
+  """Whether a convolution of features (N, *spatial, C) has rows enough to take them by turns."""
+  known = all(isinstance(size, int) for size in x.shape)
+  return x.ndim == 4 and known and x.shape[1] >= 4 * ROWS * strides
 
-  Args:
-    x: (N, *spatial, C).
-    kernel: (*sides, C, F).
-  """
+
+def products_are_faster(x: jax.Array, kernel: jax.Array, strides: int) -> bool:
+  """Whether `by_products` gives the gradient of a kernel (K, L, C, F) sooner than XLA does."""
+  # In a narrower type, the sum over rows would be rounded at each turn.
+  wide = x.dtype in (jnp.float32, jnp.float64)
   return (
-    x.ndim == 4
-    and all(isinstance(size, int) for size in x.shape)
-    and x.shape[1] >= 8 * ROWS
-    and all(FEWEST <= channels <= MOST for channels in kernel.shape[2:])
-    # The blocks' sums would be rounded to a narrower type one by one.
-    and x.dtype in (jnp.float32, jnp.float64)
+    has_rows(x, strides) and wide and x.shape[-1] <= MOST and FEWEST <= kernel.shape[-1] <= MOST
   )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def with_products(x: jax.Array, kernel: jax.Array, convolve: Convolve) -> jax.Array:
-  """The convolution, with a gradient of its kernel by `by_products`.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def derived(x: jax.Array, kernel: jax.Array, convolve: Convolve, form: Convolve) -> jax.Array:
+  """The convolution by `convolve`, with its derivative by the kernel taken of `form`.
 
   Args:
-    x: (N, H, W, C).
-    kernel: (K, L, C, F), odd sides.
-    convolve: The convolution at stride 1, padded by half of each side.
+    x: Features.
+    kernel: Kernel.
+    convolve: A convolution of features and kernel.
+    form: The same convolution in another form.
 
   Returns:
-    (N, H, W, F).
+    What `convolve` gives.
   """
   return convolve(x, kernel)
 
 
-@functools.partial(with_products.defjvp, symbolic_zeros=True)
-def _with_products_jvp(
-  convolve: Convolve, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+@functools.partial(derived.defjvp, symbolic_zeros=True)
+def _derived_jvp(
+  convolve: Convolve, form: Convolve, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
   (x, kernel), (x_dot, kernel_dot) = primals, tangents
   y = convolve(x, kernel)
@@ -64,46 +68,86 @@ def _with_products_jvp(
   if not isinstance(x_dot, SymbolicZero):
     y_dot += convolve(x_dot, kernel)
   if not isinstance(kernel_dot, SymbolicZero):
-    y_dot += by_products(x, kernel_dot)
+    y_dot += form(x, kernel_dot)
   return y, y_dot
 
 
-def by_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The convolution at stride 1 as products, of which JAX derives the gradient of the kernel.
-
-  The columns near each column stand beside it, so that a product gives what a row of the features
-  adds to each of the K rows of the result near it. Transposed, it is a product of K x L times as
-  many sums as one tap has, and each operand is read once for them all.
+def by_products(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
+  """The convolution as a product of what the taps read, side by side.
 
   Args:
     x: (N, H, W, C).
     kernel: (K, L, C, F), odd sides; padded by half of each.
+    strides: Step on both spatial axes.
 
   Returns:
-    (N, H, W, F).
+    (N, ceil(H / strides), ceil(W / strides), F).
   """
-  n, height, width, c = x.shape
   rows, columns, _, features = kernel.shape
-  blocks = -(-(height + rows - 1) // ROWS)
-  below = blocks * ROWS - height - rows // 2
+  kernel = kernel.reshape(-1, features)
+
+  def product(read: list[jax.Array]) -> jax.Array:
+    side_by_side = jnp.concatenate(read, -1)
+    y = jnp.dot(side_by_side.reshape(-1, side_by_side.shape[-1]), kernel)
+    return y.reshape(*read[0].shape[:-1], features)
+
+  return _by_rows(x, (rows, columns), strides, product)
+
+
+def by_taps(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
+  """The convolution of each channel by itself, as a sum over the taps.
+
+  Args:
+    x: (N, H, W, C).
+    kernel: (K, L, 1, C), odd sides; padded by half of each.
+    strides: Step on both spatial axes.
+
+  Returns:
+    (N, ceil(H / strides), ceil(W / strides), C).
+  """
+  rows, columns, _, c = kernel.shape
+  # A gradient for each column at first, whose sums over rows run along the memory.
+  wide = (rows * columns, 1, 1, -(-x.shape[2] // strides), c)
+  taps = jnp.broadcast_to(kernel.astype(at_least_float32(x.dtype)).reshape(-1, 1, 1, 1, c), wide)
+
+  def product(read: list[jax.Array]) -> jax.Array:
+    parts = [part * tap for part, tap in zip(read, taps, strict=True)]
+    return functools.reduce(jnp.add, parts)
+
+  return _by_rows(x, (rows, columns), strides, product).astype(x.dtype)
+
+
+def _by_rows(
+  x: jax.Array,
+  sides: tuple[int, int],
+  strides: int,
+  product: Callable[[list[jax.Array]], jax.Array],
+) -> jax.Array:
+  """A convolution by what gives a few rows of it, (N, ROWS, W', F), from what each tap reads."""
+  n, height, width, _ = x.shape
+  rows, columns = sides
+  out_height, out_width = -(-height // strides), -(-width // strides)
+  turns = -(-out_height // ROWS)
+  down, across = strides * (ROWS - 1) + 1, strides * (out_width - 1) + 1
+  below = max(0, strides * ROWS * (turns - 1) + down + rows // 2 - height)
   x = jnp.pad(x, [(0, 0), (rows // 2, below), (columns // 2, columns // 2), (0, 0)])
-  kernel = kernel.transpose(1, 2, 0, 3).reshape(columns * c, rows * features)
 
-  def add_block(y: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
-    block = lax.dynamic_slice_in_dim(x, first, ROWS, 1)
-    near = jnp.concatenate([block[:, :, j : j + width] for j in range(columns)], -1)
-    added = jnp.dot(near.reshape(-1, columns * c), kernel).reshape(n, ROWS, width, -1)
-    # What row r adds through row i of the kernel is of row r - i of the result.
-    parts = [
-      jnp.pad(part, [(0, 0), (rows - 1 - i, i), (0, 0), (0, 0)])
-      for i, part in enumerate(jnp.split(added, rows, -1))
-    ]
-    added = functools.reduce(jnp.add, parts)
+  def some_rows(first: jax.Array) -> jax.Array:
+    near = lax.dynamic_slice_in_dim(x, strides * first, down + rows - 1, 1)
+    return product(
+      [
+        near[:, i : i + down : strides, j : j + across : strides]
+        for i, j in itertools.product(range(rows), range(columns))
+      ]
+    )
+
+  def turn(y: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
     # Written so that its transpose is a slice.
-    return y + lax.dynamic_update_slice_in_dim(jnp.zeros_like(y), added, first, 1), None
+    return y + lax.dynamic_update_slice_in_dim(jnp.zeros_like(y), some_rows(first), first, 1), None
 
-  y = jnp.zeros((n, blocks * ROWS + rows - 1, width, features), x.dtype)
-  # Else the columns beside each other would be stored for all blocks.
-  add_block = jax.checkpoint(add_block, prevent_cse=False)
-  y, _ = lax.scan(add_block, y, ROWS * jnp.arange(blocks))
-  return y[:, rows - 1 : rows - 1 + height]
+  firsts = ROWS * jnp.arange(turns)
+  some = jax.eval_shape(some_rows, firsts[0])
+  y = jnp.zeros((n, ROWS * turns, out_width, some.shape[-1]), some.dtype)
+  # Else what the taps read would be stored for all rows.
+  y, _ = lax.scan(jax.checkpoint(turn, prevent_cse=False), y, firsts)
+  return y[:, :out_height]

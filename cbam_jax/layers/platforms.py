@@ -18,7 +18,7 @@ def by_platform(
   **platforms: Callable[..., jax.Array],
 ) -> jax.Array:
   """`lax.platform_dependent`, but the default alone in `any_platform`."""
-  if _portable.get():
+  if _portable.get() or not platforms:
     return default(*inputs)
   return lax.platform_dependent(*inputs, default=default, **platforms)
 
