@@ -161,8 +161,7 @@ def test_second_derivatives(x64, implementation):
   'mapped',
   [
     'x',
-    'channel',
-    *(pytest.param(v, marks=pytest.mark.slow) for v in ('shortcut', 'spatial', 'norm')),
+    *(pytest.param(v, marks=pytest.mark.slow) for v in ('channel', 'shortcut', 'spatial', 'norm')),
   ],
 )
 @pytest.mark.parametrize('implementation', ['xla', pytest.param('pallas', marks=pytest.mark.slow)])

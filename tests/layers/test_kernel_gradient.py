@@ -23,25 +23,26 @@ def convolve(x, kernel, strides):
 
 
 # Rows that are taken two by two, and others; fewer than two; a kernel of one row.
-@pytest.mark.parametrize('strides', [1, 2, 3])
-@pytest.mark.parametrize('sides', [(3, 3), (1, 3), (5, 1), (3, 7)])
-@pytest.mark.parametrize('size', [(8, 6), (9, 5), (1, 4)])
+@pytest.mark.parametrize(
+  ('size', 'sides', 'strides'),
+  [((9, 5), (3, 3), 1), ((8, 6), (3, 7), 2), ((8, 5), (1, 3), 3), ((1, 4), (5, 1), 2)],
+)
 @pytest.mark.parametrize(
   ('form', 'channels'), [(kernel_gradient.by_products, (3, 4)), (kernel_gradient.by_taps, (1, 3))]
 )
 def test_forms(form, channels, size, sides, strides, x64):
   x, kernel = random_features((2, *size, 3)), random_features((*sides, *channels))
-  y = convolve(x, kernel, strides)
-  np.testing.assert_allclose(form(x, kernel, strides), y, rtol=1e-11, atol=1e-12)
-  cotangent = jnp.cos(y)
-  ours, theirs = (
-    jax.jit(lambda k, f=f: jax.vjp(lambda k: f(x, k, strides), k)[1](cotangent)[0])(kernel)
-    for f in (form, convolve)
-  )
-  np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def both(function):
+    y, back = jax.vjp(lambda kernel: function(x, kernel, strides), kernel)
+    return y, back(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+  assert_allclose = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
+  jax.tree.map(assert_allclose, both(form), both(convolve))
 
 
-@pytest.fixture(params=[(1, 1), (2, 1), (1, 32)], ids=['plain', 'strides', 'depthwise'])
+@pytest.fixture(params=[(2, 1), (1, 32)], ids=['strides', 'depthwise'])
 def layer(request, x64):
   """A convolution that has its kernel's gradient in another form, with variables and features."""
   strides, groups = request.param
