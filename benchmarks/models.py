@@ -7,7 +7,8 @@ whatever the process held before counted.
 
 PyTorch runs timm's networks, eagerly and by `torch.compile`, in both memory formats, and for CBAM
 in the paper's form as well as in timm's; the fastest is compared. "definition" is our network with
-CBAM step by step and each 1x1 convolution left to XLA's convolution.
+CBAM step by step and each convolution left to XLA, whose gradients of a ResNeXt take minutes on a
+CPU (`--skip definition`).
 
   pip install 'cbam-jax[train,bench]'
   python benchmarks/models.py [--models resnet50] [--attention none cbam] [--steps forward train]
@@ -23,7 +24,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ import train_step
 from pytorch_networks import NAMES, network
 
 import cbam_jax
-from cbam_jax.layers import Conv
+from cbam_jax.layers import any_platform
 from cbam_jax.models.base import Classifier
 
 ATTENTIONS = ('none', 'se', 'bam', 'cbam')
@@ -72,13 +72,13 @@ def ours(name: str, attention: str, images: np.ndarray, step: str) -> Runner:
 
 
 def definition(name: str, attention: str, images: np.ndarray, step: str) -> Runner:
-  """Our network as plain linen: nothing fused, 1x1 convolutions as convolutions."""
+  """Our network as plain linen: nothing fused, and convolutions as XLA has them."""
 
   def plain(name: str) -> cbam_jax.CBAM:
     return cbam_jax.CBAM(implementation='plain', name=name)
 
   model = cbam_jax.create_model(name, attention=plain if attention == 'cbam' else attention)
-  with mock.patch.object(Conv, '_pointwise', Conv._convolve):
+  with any_platform():
     return compiled(model, images, step)[0]
 
 

@@ -170,7 +170,7 @@ class Conv(nn.Module):
     x = x[steps]
     # Flat, since XLA would transpose a copy of what the kernel's gradient sums over several axes.
     y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[-2:]))
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], self.features)
 
   def _convolve(self, x: jax.Array, kernel: jax.Array, groups: int = 1) -> jax.Array:
     axes = len(self.kernel_size)

@@ -95,12 +95,10 @@ def by_blocks(x: jax.Array, kernel: jax.Array, groups: int, convolve: Convolve) 
   """
   *sides, c, features = kernel.shape
   out = features // groups
-  together = max(1, BLOCK // c)
-  parts = []
-  for first in range(0, groups, together):
-    count = min(together, groups - first)
-    apart = kernel[..., first * out : (first + count) * out].reshape(*sides, 1, c, count, out)
-    own = jnp.eye(count, dtype=bool)[:, None, :, None]
-    block = jnp.where(own, apart, 0).reshape(*sides, count * c, count * out)
-    parts.append(convolve(x[..., first * c : (first + count) * c], block))
-  return jnp.concatenate(parts, -1)
+  together = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * c <= BLOCK))
+  apart = kernel.reshape(*sides, 1, c, groups // together, together, out)
+  own = jnp.eye(together, dtype=bool)[:, None, None, :, None]
+  blocks = jnp.where(own, apart, 0).reshape(*sides, together * c, features)
+  count = groups // together
+  parts = zip(jnp.split(x, count, -1), jnp.split(blocks, count, -1), strict=True)
+  return jnp.concatenate([convolve(*part) for part in parts], -1)

@@ -124,7 +124,7 @@ def _by_rows(
   product: Callable[[list[jax.Array]], jax.Array],
 ) -> jax.Array:
   """A convolution by what gives a few rows of it, (N, ROWS, W', F), from what each tap reads."""
-  n, height, width, _ = x.shape
+  height, width = x.shape[1:3]
   rows, columns = sides
   out_height, out_width = -(-height // strides), -(-width // strides)
   turns = -(-out_height // ROWS)
@@ -132,6 +132,8 @@ def _by_rows(
   below = max(0, strides * ROWS * (turns - 1) + down + rows // 2 - height)
   x = jnp.pad(x, [(0, 0), (rows // 2, below), (columns // 2, columns // 2), (0, 0)])
 
+  # Checkpointed, or what the taps read would be stored for all rows.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
   def some_rows(first: jax.Array) -> jax.Array:
     near = lax.dynamic_slice_in_dim(x, strides * first, down + rows - 1, 1)
     return product(
@@ -141,13 +143,11 @@ def _by_rows(
       ]
     )
 
-  def turn(y: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
+  def add_rows(y: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
     # Written so that its transpose is a slice.
     return y + lax.dynamic_update_slice_in_dim(jnp.zeros_like(y), some_rows(first), first, 1), None
 
-  firsts = ROWS * jnp.arange(turns)
-  some = jax.eval_shape(some_rows, firsts[0])
-  y = jnp.zeros((n, ROWS * turns, out_width, some.shape[-1]), some.dtype)
-  # Else what the taps read would be stored for all rows.
-  y, _ = lax.scan(jax.checkpoint(turn, prevent_cse=False), y, firsts)
+  # The first rows are padded, for a sum that lies on the devices where they do.
+  y = jnp.pad(some_rows(jnp.zeros((), int)), [(0, 0), (0, ROWS * (turns - 1)), (0, 0), (0, 0)])
+  y, _ = lax.scan(add_rows, y, ROWS * jnp.arange(1, turns))
   return y[:, :out_height]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from cbam_jax.errors import UserError
+from cbam_jax.layers import any_platform
 from cbam_jax.models.base import Classifier
 
 
@@ -86,9 +87,10 @@ def summary(model: Classifier, image_size: int = 224, channels: int = 3) -> Summ
   def apply(method: str, variables: Any, images: jax.Array) -> Any:
     return model.apply(variables, images, train=False, method=method)
 
-  variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, image)
-  shapes = jax.eval_shape(lambda v, x: apply('features', v, x), variables, image)
-  jaxpr = jax.make_jaxpr(lambda v, x: apply('__call__', v, x))(variables, image)
+  with any_platform():
+    variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, image)
+    shapes = jax.eval_shape(lambda v, x: apply('features', v, x), variables, image)
+    jaxpr = jax.make_jaxpr(lambda v, x: apply('__call__', v, x))(variables, image)
 
   params = {
     name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

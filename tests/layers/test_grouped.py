@@ -32,7 +32,7 @@ def results(conv, variables, x):
   [
     pytest.param(6, 6, 6, id='depthwise'),
     pytest.param(6, 6, 12, id='two features a channel'),
-    pytest.param(7, 28, 14, id='blocks of four groups, and one of three'),
+    pytest.param(6, 24, 12, id='two blocks of three groups'),
     pytest.param(2, 40, 6, id='groups wider than a block'),
   ],
 )

@@ -103,6 +103,29 @@ def test_examples_on_their_own_devices_stay_there(layer):
   jax.tree.map(assert_allclose, actual, expected)
 
 
+@pytest.mark.parametrize('kind', ['explicit', 'shard_map'])
+def test_other_ways_to_share_out_examples(kind, layer):
+  conv, variables, x = layer
+  types = jax.sharding.AxisType
+  mesh = jax.make_mesh(
+    (2,), ('data',), axis_types=(types.Explicit if kind == 'explicit' else types.Auto,)
+  )
+  spec = jax.sharding.PartitionSpec
+
+  def gradient(variables, x):
+    return jax.grad(lambda v: jnp.sum(conv.apply(v, x) ** 2))(variables)
+
+  shared = gradient
+  if kind == 'shard_map':
+    shared = jax.shard_map(gradient, mesh=mesh, in_specs=(spec(), spec('data')), out_specs=spec())
+  expected = jax.jit(gradient)(variables, x)
+  with jax.set_mesh(mesh):
+    at = functools.partial(jax.sharding.NamedSharding, mesh)
+    inputs = jax.device_put(variables, at(spec())), jax.device_put(x, at(spec('data')))
+    actual = jax.jit(shared)(*inputs)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10), actual, expected)
+
+
 def test_what_the_taps_read_is_not_stored(layer):
   conv, variables, x = layer
   _, back = jax.vjp(lambda v: conv.apply(v, x), variables)
