@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from tests.chaos.runs import Trainer
 
 @pytest.fixture(scope='session')
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-  """Starts trainings, which share their compiled programs."""
-  return Trainer(tmp_path_factory.mktemp('trainer'))
+  """Starts trainings, which share their compiled programs with those of pytest's other workers."""
+  base = tmp_path_factory.getbasetemp()
+  shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+  return Trainer(tmp_path_factory.mktemp('trainer'), shared / 'compiled')
 
 
 @pytest.fixture(scope='session')

@@ -66,10 +66,12 @@ class Trainer:
   """Starts trainings of `small_digits.py`.
 
   Attributes:
-    scratch: A folder for compiled programs and output.
+    scratch: A folder for output.
+    compiled: A folder for compiled programs.
   """
 
   scratch: Path
+  compiled: Path
 
   @contextlib.contextmanager
   def start(
@@ -87,7 +89,7 @@ class Trainer:
       'JAX_PLATFORMS': 'cpu',
       'XLA_FLAGS': '--xla_backend_optimization_level=0'
       f' --xla_force_host_platform_device_count={devices}',
-      'JAX_COMPILATION_CACHE_DIR': str(self.scratch / 'compiled'),
+      'JAX_COMPILATION_CACHE_DIR': str(self.compiled),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'PYTHONUNBUFFERED': '1',
     }

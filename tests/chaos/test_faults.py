@@ -88,12 +88,9 @@ def small_disk(folder, kilobytes: int):
 # Room for one checkpoint; for none; for hardly any file.
 @pytest.mark.parametrize(
   ('kilobytes', 'saved'),
-  [
-    (700, [2]),
-    pytest.param(200, [], marks=pytest.mark.slow),
-    pytest.param(12, [], marks=pytest.mark.slow),
-  ],
+  [(700, [2]), (200, []), (12, [])],
 )
+@pytest.mark.slow
 def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(
   trainer, undisturbed, tmp_path, kilobytes, saved
 ):

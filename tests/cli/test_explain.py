@@ -194,6 +194,7 @@ def boxed(tmp_path):
   return tmp_path, annotations
 
 
+@pytest.mark.slow
 def test_networks_are_scored_on_the_same_boxes(home, boxed, capsys):
   folder, annotations = boxed
   command = ['explain', '--score', f'--boxes={folder / "boxes.json"}', '--compare=none,cbam']

@@ -96,14 +96,8 @@ def ancestors(jaxpr, result):
   return found
 
 
-@networks(('resnet18', 'cbam'))
-@pytest.mark.parametrize(
-  'dtype',
-  [
-    pytest.param(jnp.float32, id='float32', marks=pytest.mark.slow),
-    pytest.param(jnp.bfloat16, id='bfloat16'),
-  ],
-)
+@networks()
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bfloat16'])
 @pytest.mark.usefixtures('small_vgg')
 def test_runs_are_finite_and_compile_once(name, attention, dtype):
   model = make(name, attention, dtype=dtype)

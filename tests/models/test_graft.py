@@ -92,18 +92,8 @@ def test_logits_of_every_network(name, attention):
   )
 
 
-QUICK = {
-  ('resnet18', 'cbam_channel_first'),
-}
-
-
-@pytest.mark.parametrize(
-  ('name', 'attention'),
-  [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in itertools.product(SHORT, ATTENTIONS)
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'attention'), list(itertools.product(SHORT, ATTENTIONS)))
 def test_it_starts_from_the_plain_network_and_every_gate_learns(name, attention, monkeypatch):
   stages = (StageSpec(64, 1, 1), StageSpec(128, 1, 2), StageSpec(256, 1, 2))
   monkeypatch.setattr(mobilenet, 'STAGES', stages)
