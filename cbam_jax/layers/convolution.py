@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -20,6 +21,51 @@ from cbam_jax.layers.platforms import by_platform
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
+def convolve(
+  x: jax.Array, kernel: jax.Array, strides: int = 1, dilation: int = 1, groups: int = 1
+) -> jax.Array:
+  """XLA's convolution, each side padded by `dilation * (kernel - 1) // 2`.
+
+  Args:
+    x: (N, *spatial, C).
+    kernel: (*sides, C / groups, F), odd sides.
+    strides: Step on every spatial axis.
+    dilation: Distance between the taps of the kernel.
+    groups: Groups of channels convolved apart.
+
+  Returns:
+    (N, *ceil(spatial / strides), F).
+  """
+  *sides, _, _ = kernel.shape
+  letters = 'DHW'[3 - len(sides) :]
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    window_strides=(strides,) * len(sides),
+    padding=[(dilation * (side - 1) // 2,) * 2 for side in sides],
+    rhs_dilation=(dilation,) * len(sides),
+    dimension_numbers=(f'N{letters}C', f'{letters}IO', f'N{letters}C'),
+    feature_group_count=groups,
+  )
+
+
+def pointwise(x: jax.Array, kernel: jax.Array, strides: int = 1) -> jax.Array:
+  """A 1x1 convolution as a matrix product.
+
+  Args:
+    x: (N, *spatial, C).
+    kernel: (*ones, C, F).
+    strides: Step on every spatial axis.
+
+  Returns:
+    (N, *ceil(spatial / strides), F).
+  """
+  x = x[:, *(slice(None, None, strides) for _ in x.shape[1:-1])]
+  # Flat, or XLA copies and transposes an operand of the kernel's gradient.
+  flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+  return jnp.dot(flat, kernel.reshape(kernel.shape[-2:])).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Conv(nn.Module):
   """Convolution over one, two or three spatial axes, channels last.
 
@@ -33,7 +79,8 @@ class Conv(nn.Module):
     kernel_size: One odd size for each spatial axis.
     strides: Step on every spatial axis.
     dilation: Distance between the taps of the kernel.
-    groups: Groups of channels convolved apart; C for a depthwise convolution.
+    groups: Groups of channels convolved apart; C for a depthwise convolution. On a CPU narrow
+      groups are computed together, and what is not finite reaches its neighbours.
     use_bias: Whether a bias is added.
     kernel_init: Initial value of the kernel.
     dtype: Computation type; None follows the input.
@@ -147,40 +194,23 @@ class Conv(nn.Module):
     return (self._convolved(x, kernel) + offset.astype(x.dtype)).astype(scale.dtype)
 
   def _convolved(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    if self.groups == 1 and all(size == 1 for size in self.kernel_size):
+    ungrouped = functools.partial(convolve, strides=self.strides, dilation=self.dilation)
+    by_xla = functools.partial(ungrouped, groups=self.groups)
+    on: dict[str, Callable[..., jax.Array]] = {}
+    if self.groups > 1:
+      on_cpu = grouped.faster(x, kernel, self.groups, ungrouped, self.strides, self.dilation)
+      if on_cpu:
+        on['cpu'] = on_cpu
+    elif all(size == 1 for size in self.kernel_size):
       # XLA's CPU convolution runs a 1x1 several times slower than the same matrix product. On a GPU
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
-      return by_platform(x, kernel, cpu=self._pointwise, default=self._convolve)
-    if self.groups > 1:
-      on_cpu = grouped.faster(x, kernel, self.strides, self.dilation, self._convolve)
-      return by_platform(
-        x, kernel, cpu=on_cpu, default=functools.partial(self._convolve, groups=self.groups)
-      )
-    faster = {}
-    if self.dilation == 1:
+      on['cpu'] = functools.partial(pointwise, strides=self.strides)
+    elif self.dilation == 1:
       if on_cuda := few_channels.faster(x, kernel, self.strides):
-        faster['cuda'] = on_cuda
+        on['cuda'] = on_cuda
       if kernel_gradient.products_are_faster(x, kernel, self.strides):
-        form = functools.partial(kernel_gradient.by_products, strides=self.strides)
-        faster['cpu'] = lambda *inputs: kernel_gradient.derived(*inputs, self._convolve, form)
-    return by_platform(x, kernel, default=self._convolve, **faster)
-
-  def _pointwise(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    steps = (slice(None), *(slice(None, None, self.strides) for _ in self.kernel_size))
-    x = x[steps]
-    # Flat, since XLA would transpose a copy of what the kernel's gradient sums over several axes.
-    y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[-2:]))
-    return y.reshape(*x.shape[:-1], self.features)
-
-  def _convolve(self, x: jax.Array, kernel: jax.Array, groups: int = 1) -> jax.Array:
-    axes = len(self.kernel_size)
-    letters = 'DHW'[3 - axes :]
-    return lax.conv_general_dilated(
-      x,
-      kernel,
-      window_strides=(self.strides,) * axes,
-      padding=[(self.dilation * (size - 1) // 2,) * 2 for size in self.kernel_size],
-      rhs_dilation=(self.dilation,) * axes,
-      dimension_numbers=(f'N{letters}C', f'{letters}IO', f'N{letters}C'),
-      feature_group_count=groups,
-    )
+        products = functools.partial(kernel_gradient.by_products, strides=self.strides)
+        on['cpu'] = functools.partial(
+          kernel_gradient.with_kernel_gradient_of, convolve=by_xla, form=products
+        )
+    return by_platform(x, kernel, default=by_xla, **on)

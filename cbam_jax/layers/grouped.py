@@ -21,34 +21,39 @@ from cbam_jax.layers.dtypes import at_least_float32
 # Narrower groups are computed together, up to so many channels: most of the products are then with
 # zeros, but Eigen's convolution of so few channels is bound by how it reads them.
 BLOCK = 16
-# Each tap is compiled apart.
-MOST_TAPS = 64
+# Each tap, and each block, is compiled apart.
+MOST_TAPS = MOST_BLOCKS = 64
 
 Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def faster(
-  x: jax.Array, kernel: jax.Array, strides: int, dilation: int, convolve: Convolve
-) -> Convolve:
-  """Which of the two below computes the convolution of `x`.
+  x: jax.Array, kernel: jax.Array, groups: int, convolve: Convolve, strides: int, dilation: int
+) -> Convolve | None:
+  """Which of the two below computes the convolution of `x`; None if neither does.
 
   Args:
     x: (N, *spatial, C).
     kernel: (*sides, C / groups, F).
+    groups: Groups of channels convolved apart.
+    convolve: The convolution without groups, of (N, *spatial, C) and (*sides, C, F).
     strides: Step on every spatial axis.
     dilation: Distance between the taps of the kernel.
-    convolve: The convolution without groups, of (N, *spatial, C) and (*sides, C, F).
   """
   *sides, c, features = kernel.shape
-  groups = x.shape[-1] // c
-  if c > 1 or features > groups or math.prod(sides) > MOST_TAPS:
-    return functools.partial(by_blocks, groups=groups, convolve=convolve)
-  by_itself = functools.partial(depthwise, strides=strides, dilation=dilation)
-  if dilation == 1 and kernel_gradient.has_rows(x, strides):
-    form = functools.partial(kernel_gradient.by_taps, strides=strides)
-    return lambda *inputs: kernel_gradient.derived(*inputs, by_itself, form)
-  # Computed again for the gradient, which would else store a copy of the features for each tap.
-  return jax.checkpoint(by_itself)
+  if c == 1 and features == groups and math.prod(sides) <= MOST_TAPS:
+    by_itself = functools.partial(depthwise, strides=strides, dilation=dilation)
+    if dilation == 1 and kernel_gradient.has_rows(x, strides):
+      taps = functools.partial(kernel_gradient.by_taps, strides=strides)
+      return functools.partial(
+        kernel_gradient.with_kernel_gradient_of, convolve=by_itself, form=taps
+      )
+    # Computed again for the gradient, which would else store a copy of the features for each tap.
+    return jax.checkpoint(by_itself)
+  together = max(n for n in range(1, max(1, BLOCK // c) + 1) if groups % n == 0)
+  if groups // together > MOST_BLOCKS:
+    return None
+  return functools.partial(by_blocks, groups=groups, together=together, convolve=convolve)
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, strides: int, dilation: int) -> jax.Array:
@@ -64,7 +69,10 @@ def depthwise(x: jax.Array, kernel: jax.Array, strides: int, dilation: int) -> j
     (N, *ceil(spatial / strides), C).
   """
   *sides, _, _ = kernel.shape
-  spatial = x.shape[1:-1]
+  # Up to the last that a step reaches, for sizes that are no numbers to come out as XLA's.
+  read = [
+    size if isinstance(size, int) else (size - 1) // strides * strides + 1 for size in x.shape[1:-1]
+  ]
   padding = [(0, 0), *((dilation * (side // 2),) * 2 for side in sides), (0, 0)]
   dtype = at_least_float32(x.dtype)
   padded = jnp.pad(x, padding).astype(dtype)
@@ -72,14 +80,15 @@ def depthwise(x: jax.Array, kernel: jax.Array, strides: int, dilation: int) -> j
   parts = []
   for tap in itertools.product(*map(range, sides)):
     window = tuple(
-      slice(dilation * i, dilation * i + (size - 1) // strides * strides + 1, strides)
-      for i, size in zip(tap, spatial, strict=True)
+      slice(dilation * i, dilation * i + size, strides) for i, size in zip(tap, read, strict=True)
     )
     parts.append(padded[:, *window] * lax.expand_dims(kernel[*tap, 0], range(x.ndim - 1)))
   return functools.reduce(jnp.add, parts).astype(x.dtype)
 
 
-def by_blocks(x: jax.Array, kernel: jax.Array, groups: int, convolve: Convolve) -> jax.Array:
+def by_blocks(
+  x: jax.Array, kernel: jax.Array, groups: int, together: int, convolve: Convolve
+) -> jax.Array:
   """Convolutions without groups, each of one group or of a few narrow ones.
 
   What is not finite reaches all of its block.
@@ -88,17 +97,16 @@ def by_blocks(x: jax.Array, kernel: jax.Array, groups: int, convolve: Convolve) 
     x: (N, *spatial, C).
     kernel: (*sides, C / groups, F).
     groups: Groups of channels convolved apart.
+    together: How many of them are a block.
     convolve: The convolution without groups, of (N, *spatial, C) and (*sides, C, F).
 
   Returns:
-    (N, *spatial / strides, F).
+    (N, *ceil(spatial / strides), F).
   """
   *sides, c, features = kernel.shape
-  out = features // groups
-  together = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * c <= BLOCK))
-  apart = kernel.reshape(*sides, 1, c, groups // together, together, out)
-  own = jnp.eye(together, dtype=bool)[:, None, None, :, None]
-  blocks = jnp.where(own, apart, 0).reshape(*sides, together * c, features)
   count = groups // together
-  parts = zip(jnp.split(x, count, -1), jnp.split(blocks, count, -1), strict=True)
-  return jnp.concatenate([convolve(*part) for part in parts], -1)
+  kernel = kernel.reshape(*sides, 1, c, count, together, features // groups)
+  same_group = jnp.eye(together, dtype=bool)[:, None, None, :, None]
+  kernel = jnp.where(same_group, kernel, 0).reshape(*sides, together * c, features)
+  blocks = zip(jnp.split(x, count, -1), jnp.split(kernel, count, -1), strict=True)
+  return jnp.concatenate([convolve(*block) for block in blocks], -1)

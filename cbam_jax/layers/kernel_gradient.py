@@ -1,14 +1,15 @@
 """Convolutions whose gradient by the kernel is computed in another form than XLA's, for a CPU.
 
 XLA convolves the features, transposed, with the gradient of what comes out, and reaches a fifth of
-the rate of a matrix product where the channels are few. The forms here are convolutions of which
-JAX derives the gradient: a few rows at a time, from what stays in the processor's cache.
+the rate of a matrix product where the channels are few. The forms here are convolutions, a few rows
+at a time, of which JAX derives the gradient.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,10 @@ from cbam_jax.layers.dtypes import at_least_float32
 
 # Rows of the result at a time.
 ROWS = 2
-# Channels between which products are faster than XLA's own.
+# Between so many features, and up to so many channels, products are faster than XLA's own.
 FEWEST, MOST = 32, 128
+# What each tap reads stands apart in memory.
+MOST_TAPS = 64
 
 Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -30,21 +33,25 @@ Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 def has_rows(x: jax.Array, strides: int) -> bool:
   """Whether a convolution of features (N, *spatial, C) has rows enough to take them by turns."""
   known = all(isinstance(size, int) for size in x.shape)
-  return x.ndim == 4 and known and x.shape[1] >= 4 * ROWS * strides
+  return x.ndim == 4 and known and x.size > 0 and x.shape[1] >= 4 * ROWS * strides
 
 
 def products_are_faster(x: jax.Array, kernel: jax.Array, strides: int) -> bool:
   """Whether `by_products` gives the gradient of a kernel (K, L, C, F) sooner than XLA does."""
   # In a narrower type, the sum over rows would be rounded at each turn.
   wide = x.dtype in (jnp.float32, jnp.float64)
-  return (
-    has_rows(x, strides) and wide and x.shape[-1] <= MOST and FEWEST <= kernel.shape[-1] <= MOST
-  )
+  few = x.shape[-1] <= MOST and math.prod(kernel.shape[:2]) <= MOST_TAPS
+  return has_rows(x, strides) and wide and few and FEWEST <= kernel.shape[-1] <= MOST
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def derived(x: jax.Array, kernel: jax.Array, convolve: Convolve, form: Convolve) -> jax.Array:
+def with_kernel_gradient_of(
+  x: jax.Array, kernel: jax.Array, convolve: Convolve, form: Convolve
+) -> jax.Array:
   """The convolution by `convolve`, with its derivative by the kernel taken of `form`.
+
+  The forms below are made for their transpose: forward mode, and gradients that are not compiled,
+  cost more than with XLA's own.
 
   Args:
     x: Features.
@@ -58,8 +65,8 @@ def derived(x: jax.Array, kernel: jax.Array, convolve: Convolve, form: Convolve)
   return convolve(x, kernel)
 
 
-@functools.partial(derived.defjvp, symbolic_zeros=True)
-def _derived_jvp(
+@functools.partial(with_kernel_gradient_of.defjvp, symbolic_zeros=True)
+def _jvp(
   convolve: Convolve, form: Convolve, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
   (x, kernel), (x_dot, kernel_dot) = primals, tangents

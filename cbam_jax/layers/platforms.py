@@ -17,7 +17,7 @@ def by_platform(
   default: Callable[..., jax.Array],
   **platforms: Callable[..., jax.Array],
 ) -> jax.Array:
-  """`lax.platform_dependent`, but the default alone in `any_platform`."""
+  """`lax.platform_dependent`, but the default alone if it is so or in `any_platform`."""
   if _portable.get() or not platforms:
     return default(*inputs)
   return lax.platform_dependent(*inputs, default=default, **platforms)

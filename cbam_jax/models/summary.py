@@ -87,6 +87,7 @@ def summary(model: Classifier, image_size: int = 224, channels: int = 3) -> Summ
   def apply(method: str, variables: Any, images: jax.Array) -> Any:
     return model.apply(variables, images, train=False, method=method)
 
+  # What other platforms compute in their ways need not be traced.
   with any_platform():
     variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, image)
     shapes = jax.eval_shape(lambda v, x: apply('features', v, x), variables, image)
