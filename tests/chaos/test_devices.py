@@ -29,7 +29,8 @@ def assert_same_losses(one, other, tolerance: float = 1e-5) -> None:
   assert {entry['count'] for entry in logged(one, 'test') + logged(other, 'test')} == {360}
 
 
-@pytest.mark.parametrize('devices', [pytest.param(4, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [4, 1])
 def test_two_processes_train_as_one(trainer, tmp_path, devices):
   """Two of two devices each."""
   two, one = tmp_path / 'two', tmp_path / 'one'
