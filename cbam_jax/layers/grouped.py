@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +16,13 @@ from jax import lax
 
 from cbam_jax.layers import kernel_gradient
 from cbam_jax.layers.dtypes import at_least_float32
+from cbam_jax.layers.kernel_gradient import Convolve
 
 # Narrower groups are computed together, up to so many channels: most of the products are then with
 # zeros, but Eigen's convolution of so few channels is bound by how it reads them.
 BLOCK = 16
 # Each tap, and each block, is compiled apart.
 MOST_TAPS = MOST_BLOCKS = 64
-
-Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def faster(

@@ -215,17 +215,18 @@ def test_a_scale_of_zero_takes_the_first_element(x64):
 
 
 def test_a_subclass_is_called():
-  called = []
-
-  class Noted(CBAM):
+  class Louder(CBAM):
     def __call__(self, x, *, train):
-      called.append(x.shape)
-      return super().__call__(x, train=train)
+      return 100 * super().__call__(x, train=train)
 
-  model = ResNet(stage_sizes=(2,), attention=Noted, num_classes=3)
-  images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-  jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-  assert called == 2 * [(1, 8, 8, 64)]
+  networks = [ResNet(stage_sizes=(1,), attention=a, num_classes=3) for a in (Louder, CBAM)]
+  images = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
+  variables = random_variables(networks[1], images, train=False)
+  louder, usual = (
+    jax.jit(functools.partial(network.apply, train=False))(variables, images)
+    for network in networks
+  )
+  assert not np.allclose(louder, usual)
 
 
 def test_under_a_negative_scale_the_least_element_is_the_maximum():

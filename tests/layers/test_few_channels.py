@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 
 from cbam_jax.layers import few_channels
+from cbam_jax.layers.convolution import convolve
 from tests.layers.random_variables import random_features
-
-
-def convolution(x, kernel, strides):
-  return jax.lax.conv_general_dilated(
-    x,
-    kernel,
-    (strides, strides),
-    [(side // 2, side // 2) for side in kernel.shape[:2]],
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-  )
 
 
 @pytest.mark.parametrize('channels', [1, 3, 4])
@@ -24,7 +15,7 @@ def convolution(x, kernel, strides):
 @pytest.mark.parametrize('size', [(8, 8), (9, 12), (7, 11)])
 def test_space_to_depth(size, sides, channels, x64):
   x, kernel = random_features((2, *size, channels)), random_features((*sides, channels, 6))
-  agree(few_channels.space_to_depth, lambda *inputs: convolution(*inputs, 2), x, kernel)
+  agree(few_channels.space_to_depth, lambda *inputs: convolve(*inputs, 2), x, kernel)
 
 
 @pytest.mark.parametrize('channels', [1, 2])
@@ -32,7 +23,7 @@ def test_space_to_depth(size, sides, channels, x64):
 @pytest.mark.parametrize('size', [(8, 8), (5, 9), (3, 2)])
 def test_by_rows(size, sides, channels, x64):
   x, kernel = random_features((2, *size, channels)), random_features((*sides, channels, 1))
-  agree(few_channels.by_rows, lambda *inputs: convolution(*inputs, 1), x, kernel)
+  agree(few_channels.by_rows, lambda *inputs: convolve(*inputs, 1), x, kernel)
 
 
 def agree(actual, desired, *inputs):
