@@ -47,23 +47,32 @@ def compiled(
   images: np.ndarray,
   step: str,
   values: Callable[[Callable[[], Any]], Any] = train_step.initial,
+  repeats: int = 1,
 ) -> tuple[Runner, jax.stages.Compiled]:
-  """A network of ours, with the values that `values` makes (see `train_step.make`)."""
+  """A network of ours, with the values that `values` makes (see `train_step.make`).
+
+  It runs `repeats` steps, and waits for the last.
+  """
   nhwc = jnp.asarray(images.transpose(0, 2, 3, 1))
   if step == 'forward':
     variables = values(lambda: model.init(jax.random.key(0), nhwc[:1], train=False))
     forward = jax.jit(functools.partial(model.apply, train=False)).lower(variables, nhwc).compile()
-    return lambda: jax.block_until_ready(forward(variables, nhwc)), forward
+
+    def infer() -> None:
+      jax.block_until_ready([forward(variables, nhwc) for _ in range(repeats)])
+
+    return infer, forward
 
   step_function, state, batch = train_step.make(model, nhwc, values)
   one_step = step_function.lower(state, batch).compile()
 
-  def run() -> None:
+  def train() -> None:
     nonlocal state
-    state, metrics = one_step(state, batch)
+    for _ in range(repeats):
+      state, metrics = one_step(state, batch)
     jax.block_until_ready((state, metrics))
 
-  return run, one_step
+  return train, one_step
 
 
 def ours(name: str, attention: str, images: np.ndarray, step: str) -> Runner:

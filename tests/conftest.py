@@ -38,6 +38,13 @@ def x64() -> Iterator[None]:
   jax.config.update('jax_enable_x64', before)
 
 
+@pytest.fixture
+def eight_devices() -> None:
+  """Skips the test where there are fewer, as on a machine with one GPU."""
+  if jax.device_count() < 8:
+    pytest.skip(f'needs eight devices, here are {jax.device_count()}')
+
+
 @pytest.fixture(scope='session')
 def golden() -> Path:
   """The folder of golden files, found as CONTRIBUTING.md says. It may not exist."""

@@ -17,7 +17,7 @@ from cbam_jax.attention.fused import refine_and_add
 from cbam_jax.attention.gating import gate
 from cbam_jax.attention.spatial import SpatialAttention
 from cbam_jax.errors import UserError, check_choice, check_feature_map
-from cbam_jax.layers import Dtype
+from cbam_jax.layers import BatchNorm, Dtype
 
 IMPLEMENTATIONS = ('auto', 'plain', 'xla', 'pallas')
 ORDERS = ('channel_first', 'spatial_first', 'parallel', 'channel_only', 'spatial_only')
@@ -148,16 +148,15 @@ class CBAM(nn.Module):
     return gate(x, self.channel.logits(x) + self.spatial.logits(x, train=train), self.dtype)
 
   def finish_block(
-    self, x: jax.Array, scale: jax.Array, offset: jax.Array, shortcut: jax.Array, *, train: bool
+    self, x: jax.Array, norm: BatchNorm, shortcut: jax.Array, *, train: bool
   ) -> jax.Array:
-    """`relu(shortcut + CBAM(x * scale + offset))`, in few passes; needs `fusible`.
+    """`relu(shortcut + CBAM(norm(x)))`, in few passes; needs `fusible`.
 
     Args:
-      x: Features (N, *spatial, C), before their batch norm.
-      scale: The batch norm's map (see `BatchNorm.affine`), (N or 1, 1, ..., C).
-      offset: Likewise.
+      x: Features (N, *spatial, C).
+      norm: Their batch norm.
       shortcut: What the block adds, like `x`.
-      train: Whether the spatial batch norm uses (and records) the batch's statistics.
+      train: Whether batch norms use (and record) the batch's statistics.
 
     Returns:
       The block's output, of the shape and type of `shortcut`.
@@ -172,10 +171,14 @@ class CBAM(nn.Module):
         'are fused. Normalise, call the module, and add the shortcut.'
       )
     check_feature_map('CBAM', x)
+
+    def affine(*moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+      return norm.affine(x, train=train, moments=moments)
+
     return refine_and_add(
       x,
-      scale,
-      offset,
+      norm.sign(x.shape[-1]),
+      affine,
       shortcut,
       self.channel.logits_of,
       functools.partial(self.spatial.logits_of, train=train),

@@ -33,8 +33,8 @@ from cbam_jax.layers import at_least_float32
 
 def refine_and_add(
   x: jax.Array,
-  scale: jax.Array,
-  offset: jax.Array,
+  sign: jax.Array,
+  affine: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
   shortcut: jax.Array,
   channel_logits: Callable[[jax.Array, jax.Array], jax.Array],
   spatial_logits: Callable[[jax.Array, jax.Array], jax.Array],
@@ -44,8 +44,9 @@ def refine_and_add(
 
   Args:
     x: (N, *spatial, C).
-    scale: (N or 1, 1, ..., C), float32 at the least, as all gates and sums are.
-    offset: Likewise.
+    sign: Of `scale`, (C,).
+    affine: From the means over positions of `x` and of its square, both (N, C), to `scale` and
+      `offset`, both (N or 1, 1, ..., C), float32 at the least, as all gates and sums are.
     shortcut: Like `x`.
     channel_logits: From the average and the maximum over positions, both (N, C), to (N, C).
     spatial_logits: From the maximum and the mean over channels, both (N, *spatial, 1), to the same.
@@ -54,13 +55,19 @@ def refine_and_add(
   Returns:
     An array of the shape and type of `shortcut`.
   """
-  if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
-    x, scale, offset, shortcut = _varying_alike(x, scale, offset, shortcut)
   n, *spatial, c = x.shape
   flat = x.reshape(n, math.prod(spatial), c)
-  scale, offset = (v.reshape(v.shape[0], 1, c) for v in (scale, offset))
-  average, peak = channel_pools(flat, scale, offset, pallas)
-  gate = nn.sigmoid(channel_logits(average, peak))[:, None]
+  sign = sign.reshape(1, 1, c).astype(at_least_float32(x.dtype))
+  mean, square, extreme = channel_pools(flat, sign, pallas)
+  scale, offset = affine(mean, square)
+  if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+    flat, scale, offset, shortcut = _varying_alike(flat, scale, offset, shortcut)
+  # At once and not where each is used, so that their gradients are summed over the examples once.
+  scale, offset = (
+    jnp.broadcast_to(v.reshape(v.shape[0], 1, c), (n, 1, c)) for v in (scale, offset)
+  )
+  pooled = (v * scale[:, 0] + offset[:, 0] for v in (mean, extreme))
+  gate = nn.sigmoid(channel_logits(*pooled))[:, None]
   scale, offset = scale * gate, offset * gate
   peak, mean, flat = spatial_pools(flat, scale, offset, pallas)
   maps = (n, *spatial, 1)
@@ -111,67 +118,57 @@ def _kernel(name: str, definition: Callable[..., Any]) -> Callable[..., Any]:
 # ------------------------------------------------------------------------ pools over positions
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def channel_pools(
-  x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool = False
-) -> tuple[jax.Array, jax.Array]:
-  """The average and the maximum of `x * scale + offset` over positions, both (N, C)."""
+  x: jax.Array, sign: jax.Array, pallas: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What a batch norm and the channel attention after it ask of the positions, each (N, C).
+
+  Args:
+    x: (N, P, C).
+    sign: Of the norm's scale, (1, 1, C).
+    pallas: Whether to reduce by a Pallas kernel.
+
+  Returns:
+    The mean of `x`, the mean of its square, and the element that the norm takes to its maximum:
+    under a negative scale the least, under none the first.
+  """
   if pallas:
-    return _channel_pools_forward(x, scale, offset, pallas)[0]
-  values, sign = _wide(x), jnp.sign(scale)
+    return _channel_pools_forward(x, sign, pallas)[0]
+  values = _wide(x)
   peak = jnp.max(values * sign, 1)
-  return _mapped(jnp.mean(values, 1), _extreme(peak, values, sign), scale, offset)
+  return jnp.mean(values, 1), jnp.mean(lax.square(values), 1), _extreme(peak, values, sign)
 
 
 def _extreme(peak: jax.Array, values: jax.Array, sign: jax.Array) -> jax.Array:
-  """The element that the map takes to its maximum, from the maximum of `values * sign`.
-
-  Under a negative scale it is the least element, under none the first. Signs round nothing.
-  """
-  sign = sign[:, 0]
-  return jnp.where(sign == 0, values[:, 0], peak * sign)
+  """The element of which `peak` is the maximum of `values * sign`: signs round nothing."""
+  return jnp.where(sign[:, 0] == 0, values[:, 0], peak * sign[:, 0])
 
 
-def _mapped(
-  average: jax.Array, extreme: jax.Array, scale: jax.Array, offset: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  scale, offset = scale[:, 0], offset[:, 0]
-  return average * scale + offset, extreme * scale + offset
+def _channel_pools_forward(x: jax.Array, sign: jax.Array, pallas: bool) -> Any:
+  mean, square, peak, position = _reduced(pallas, 'over_positions', _over_positions, x, sign)
+  return (mean, square, _extreme(peak, _wide(x), sign)), (x, sign, position)
 
 
-def _channel_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool) -> Any:
-  sign = jnp.sign(scale)
-  average, peak, position = _reduced(pallas, 'over_positions', _over_positions, x, sign)
-  extreme = _extreme(peak, _wide(x), sign)
-  return _mapped(average, extreme, scale, offset), (x, scale, average, extreme, position)
-
-
-def _over_positions(x: jax.Array, sign: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _over_positions(
+  x: jax.Array, sign: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   values = _wide(x)
-  return jnp.mean(values, 1), *_peak(values, sign, jnp.zeros_like(sign), 1)
+  highest = _peak(values, sign, jnp.zeros_like(sign), 1)
+  return jnp.mean(values, 1), jnp.mean(lax.square(values), 1), *highest
 
 
 def _channel_pools_backward(pallas: bool, residuals: Any, cotangents: Any) -> Any:
   del pallas  # what it leaves is read in one pass
-  x, scale, average, extreme, position = residuals
-  d_average, d_extreme = cotangents
+  x, sign, position = residuals
+  size = x.shape[1]
+  d_mean, d_square, d_extreme = (v[:, None] for v in cotangents)
   here = lax.broadcasted_iota(position.dtype, x.shape, 1) == position[:, None]
-  dx = (d_average / x.shape[1])[:, None] + jnp.where(here, d_extreme[:, None], 0)
-  d_scale = (d_average * average + d_extreme * extreme)[:, None]
-  d_offset = (d_average + d_extreme)[:, None]
-  return (
-    (dx * scale).astype(x.dtype),
-    _reduced_like(d_scale, scale),
-    _reduced_like(d_offset, scale),
-  )
+  dx = x * (d_square * (2 / size)) + d_mean / size + jnp.where(here, d_extreme, 0)
+  return dx.astype(x.dtype), jnp.zeros_like(sign)
 
 
 channel_pools.defvjp(_channel_pools_forward, _channel_pools_backward)
-
-
-def _reduced_like(gradient: jax.Array, vector: jax.Array) -> jax.Array:
-  """Summed over the examples that share one `vector`."""
-  return jnp.sum(gradient, 0, keepdims=True) if vector.shape[0] == 1 else gradient
 
 
 # ------------------------------------------------------------------------- pools over channels

@@ -41,20 +41,21 @@ Arrays = tuple[jax.Array, ...]
 
 
 def over_positions(x: jax.Array, sign: jax.Array) -> Arrays:
-  """Of each channel: the mean of `x`, the maximum of `x * sign`, and the latter's position.
+  """Of each channel: means of `x` and its square, the maximum of `x * sign`, the latter's position.
 
   Returns:
-    Three arrays (N, C), the position int32 and the first of equals.
+    Four arrays (N, C), the position int32 and the first of equals.
   """
-  rule = 'n p c, n one c -> n c, n c, n c'
+  rule = 'n p c, n one c -> n c, n c, n c, n c'
   return _on_each_device(_positions_pooled, rule)(x, _for_each_example(sign, x))
 
 
 def _positions_pooled(x: jax.Array, sign: jax.Array) -> Arrays:
-  total, peak, position = _for_each_channel(
-    _pool_positions, _dtypes(x), x, sign, gpu_chunk=GPU_POSITIONS
+  dtypes = _dtypes(x)
+  total, squares, *highest = _for_each_channel(
+    _pool_positions, (dtypes[0], *dtypes), x, sign, gpu_chunk=GPU_POSITIONS
   )
-  return total / x.shape[1], peak, position
+  return total / x.shape[1], squares / x.shape[1], *highest
 
 
 def _pool_positions(x_ref: Any, sign_ref: Any, *outputs: Any, positions: int, chunk: int) -> None:
@@ -62,16 +63,16 @@ def _pool_positions(x_ref: Any, sign_ref: Any, *outputs: Any, positions: int, ch
   rows = lax.broadcasted_iota(jnp.int32, (chunk, sign.shape[1]), 0)
 
   def look(start: Any, carry: Arrays) -> Arrays:
-    total, *highest = carry
+    total, squares, *highest = carry
     x = _positions_of(x_ref, start, chunk).astype(sign.dtype)
     values = x * sign
     if positions % chunk:
       values = jnp.where(start + rows < positions, values, -jnp.inf)
-    return total + x, *_higher(highest, values, start + rows)
+    return total + x, squares + x * x, *_higher(highest, values, start + rows)
 
-  total, *highest = _walk(positions, chunk, look, _nothing(rows.shape, outputs))
-  outputs[0][...] = jnp.sum(total, 0, keepdims=True)
-  outputs[1][...], outputs[2][...] = _first_of_equals(highest, 0, positions)
+  found = _joined(_walk(positions, chunk, look, _nothing(rows.shape, outputs)), 0, positions)
+  for ref, value in zip(outputs, found, strict=True):
+    ref[...] = value
 
 
 def gradient_sums(
@@ -215,8 +216,7 @@ def _pool_channels(
     places = start + lax.broadcasted_iota(jnp.int32, shape, 1)
     return total + values, *_higher(highest, values, places)
 
-  total, *highest = _walk(channels, chunk, look, _nothing(shape, outputs))
-  found = jnp.sum(total, 1, keepdims=True), *_first_of_equals(highest, 1, channels)
+  found = _joined(_walk(channels, chunk, look, _nothing(shape, outputs)), 1, channels)
   for ref, value in zip(outputs, found, strict=True):
     if masked:
       triton.store(ref, value, mask=inside(1))
@@ -234,9 +234,9 @@ def _dtypes(x: jax.Array) -> tuple[Any, ...]:
 
 
 def _nothing(shape: tuple[int, ...], outputs: Any) -> Arrays:
-  """Sum, maximum and position before the first chunk."""
-  total, peak, position = (jnp.zeros(shape, ref.dtype) for ref in outputs)
-  return total, jnp.full_like(peak, -jnp.inf), position
+  """Sums, maximum and position before the first chunk."""
+  *sums, peak, position = (jnp.zeros(shape, ref.dtype) for ref in outputs)
+  return *sums, jnp.full_like(peak, -jnp.inf), position
 
 
 def _walk(size: int, chunk: int, look: Callable[[Any, Arrays], Arrays], carry: Arrays) -> Arrays:
@@ -265,11 +265,14 @@ def _higher(highest: Any, values: jax.Array, places: jax.Array) -> Arrays:
   return jnp.maximum(peak, values), jnp.where(values > peak, places, place)
 
 
-def _first_of_equals(highest: Any, axis: int, size: int) -> Arrays:
-  """Maximum and place along `axis`."""
-  peaks, places = highest
+def _joined(carry: Arrays, axis: int, size: int) -> Arrays:
+  """Sums, maximum and place along `axis`, from those of the elements of a chunk."""
+  *sums, peaks, places = carry
+  sums = [jnp.sum(v, axis, keepdims=True) for v in sums]
   peak = jnp.max(peaks, axis, keepdims=True)
-  return peak, jnp.min(jnp.where(peaks == peak, places, size - 1), axis, keepdims=True)
+  place = jnp.min(jnp.where(peaks == peak, places, size - 1), axis, keepdims=True)
+  # Triton's maximum passes over what is not a number, but no sum does.
+  return *sums, jnp.where(jnp.isnan(sums[0]), sums[0], peak), place
 
 
 def _power_of_two(size: int, most: int) -> int:

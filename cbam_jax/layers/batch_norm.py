@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,8 @@ from jax import lax
 
 from cbam_jax.errors import UserError, check_dtypes, checked_group_size, plain
 from cbam_jax.layers.dtypes import Dtype, at_least_float32
+
+Running: TypeAlias = nn.Variable[jax.Array]
 
 
 class BatchNorm(nn.Module):
@@ -71,15 +73,20 @@ class BatchNorm(nn.Module):
     scale, offset = self.affine(x, train=train)
     return (x.astype(scale.dtype) * scale + offset).astype(self.dtype or x.dtype)
 
-  @nn.compact
   def affine(
-    self, x: jax.Array | jax.ShapeDtypeStruct, *, train: bool
+    self,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    train: bool,
+    moments: tuple[jax.Array, jax.Array] | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     """The map that normalises `x`, for those who apply it as they read `x` for something else.
 
     Args:
-      x: Features (N, ..., C), or, when not in training, their shape and type.
+      x: Features (N, ..., C), or, where nothing reads them, their shape and type.
       train: Whether to use (and record) the batch's own statistics or the running ones.
+      moments: In training, each example's mean of `x` and of its squares, both (N, C), from those
+        who have read `x` already; None to read it here.
 
     Returns:
       Scale and offset of `x * scale + offset`, float32 at the least, (1, 1, ..., C); or with
@@ -88,66 +95,83 @@ class BatchNorm(nn.Module):
     Raises:
       UserError: As the call does.
     """
-    channels = x.shape[-1]
-    scale = self.param('scale', self.scale_init, (channels,), self.param_dtype)
-    bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype)
-    stats_dtype = at_least_float32(self.param_dtype)
-    running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), stats_dtype)
-    running_var = self.variable('batch_stats', 'var', jnp.ones, (channels,), stats_dtype)
-
+    scale, bias, *running = self._variables(x.shape[-1])
     dtype = at_least_float32(self.dtype or x.dtype)
 
     def per_channel(vector: jax.Array) -> jax.Array:
       return lax.expand_dims(vector.astype(dtype), range(x.ndim - 1))
 
     if train:
-      features = cast(jax.Array, x).astype(dtype)
-      mean, var = self._statistics(features, running_mean, running_var)
+      features = x if moments else cast(jax.Array, x).astype(dtype)
+      mean, var = self._statistics(features, moments, *running)
     else:
-      mean, var = per_channel(running_mean.value), per_channel(running_var.value)
+      mean, var = (per_channel(statistic.value) for statistic in running)
     factor = lax.rsqrt(var + self.epsilon) * per_channel(scale)
     return factor, per_channel(bias) - mean * factor
 
+  def sign(self, channels: int) -> jax.Array:
+    """The sign of the scale of `affine`, (C,): whether it keeps the order of a channel's values."""
+    return jnp.sign(self._variables(channels)[0])
+
+  @nn.compact
+  def _variables(self, channels: int) -> tuple[jax.Array, jax.Array, Running, Running]:
+    """Scale, bias, running mean and running variance."""
+    shape, dtype = (channels,), at_least_float32(self.param_dtype)
+    return (
+      self.param('scale', self.scale_init, shape, self.param_dtype),
+      self.param('bias', nn.initializers.zeros, shape, self.param_dtype),
+      self.variable('batch_stats', 'mean', jnp.zeros, shape, dtype),
+      self.variable('batch_stats', 'var', jnp.ones, shape, dtype),
+    )
+
   def _statistics(
-    self, x: jax.Array, running_mean: nn.Variable[jax.Array], running_var: nn.Variable[jax.Array]
+    self,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    moments: tuple[jax.Array, jax.Array] | None,
+    running_mean: Running,
+    running_var: Running,
   ) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of the batch, (1, 1, ..., C), or with groups (N, 1, ..., C)."""
-    grouped = self._split(x)
-    axes = tuple(range(1, grouped.ndim - 1))
-    mean = jnp.mean(grouped, axes, keepdims=True)
-    # One pass over the features: both sums fuse, where E[(x - mean)^2] would read them again.
-    var = jnp.mean(lax.square(grouped), axes, keepdims=True) - lax.square(mean)
-    var = jnp.maximum(var, 0)
+    shape = self._grouped(x.shape)
+    if moments is None:
+      # One pass over the features: both sums fuse, where E[(x - mean)^2] would read them again.
+      grouped = cast(jax.Array, x).reshape(shape)
+      averaged = grouped, lax.square(grouped)
+    else:
+      one = (1,) * (len(shape) - 3)
+      averaged = tuple(v.reshape(*shape[:2], *one, shape[-1]) for v in moments)
+    axes = tuple(range(1, len(shape) - 1))
+    mean, square = (jnp.mean(v, axes, keepdims=True) for v in averaged)
+    var = jnp.maximum(square - lax.square(mean), 0)
     if not self.is_initializing():
-      count = math.prod(grouped.shape[1:-1])
+      count = math.prod(shape[1:-1])
       self._record(running_mean, mean)
       self._record(running_var, var * (count / (count - 1)))
 
     def per_example(vector: jax.Array) -> jax.Array:
       vector = vector.reshape(vector.shape[0], *vector.shape[2:])
-      return vector if len(vector) == 1 else jnp.repeat(vector, grouped.shape[1], 0)
+      return vector if len(vector) == 1 else jnp.repeat(vector, shape[1], 0)
 
     return per_example(mean), per_example(var)
 
-  def _split(self, x: jax.Array) -> jax.Array:
-    """The batch as (groups, examples of a group, ..., C)."""
+  def _grouped(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The batch's shape as (groups, examples of a group, ..., C)."""
     size = None if self.is_initializing() else self.group_size
-    if size is not None and x.shape[0] % size:
+    if size is not None and shape[0] % size:
       raise UserError(
-        f'group_size={size} does not divide the batch of {x.shape[0]}; choose a divisor of the '
+        f'group_size={size} does not divide the batch of {shape[0]}; choose a divisor of the '
         'global batch size, or None to normalise over all of it.'
       )
-    groups, size = (1, x.shape[0]) if size is None else (x.shape[0] // size, size)
-    grouped = x.reshape(groups, size, *x.shape[1:])
-    count = math.prod(grouped.shape[1:-1])
+    groups, size = (1, shape[0]) if size is None else (shape[0] // size, size)
+    count = math.prod((size, *shape[1:-1]))
     if not self.is_initializing() and isinstance(count, int) and count < 2:
       raise UserError(
-        f'batch norm in training got {count} value(s) a channel (input {x.shape}, '
+        f'batch norm in training got {count} value(s) a channel (input {shape}, '
         f'group_size={self.group_size}); a variance needs two. Use a larger batch or larger images.'
       )
-    return grouped
+    return groups, size, *shape[1:]
 
-  def _record(self, running: nn.Variable[jax.Array], batch: jax.Array) -> None:
+  def _record(self, running: Running, batch: jax.Array) -> None:
     batch = jnp.mean(batch.reshape(-1, batch.shape[-1]), 0).astype(running.value.dtype)
     running.value = self.momentum * running.value + (1 - self.momentum) * batch
 

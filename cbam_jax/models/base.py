@@ -152,9 +152,7 @@ def finish_block(
   """
   refine = None if attention is None else attention(name='attention')
   if type(refine) is CBAM and refine.fusible and refine.implementation != 'plain':
-    x = conv(x)
-    scale, offset = norm.affine(x, train=train)
-    return refine.finish_block(x, scale, offset, shortcut, train=train)
+    return refine.finish_block(conv(x), norm, shortcut, train=train)
   x = conv(x, norm, train=train)
   if refine is not None:
     x = refine(x, train=train)

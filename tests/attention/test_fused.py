@@ -52,6 +52,16 @@ class Ending(nn.Module):
     return jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 
 
+class Finished(nn.Module):
+  """A block's last norm, attention and sum, fused without being asked whether they can be."""
+
+  attention: CBAM
+
+  @nn.compact
+  def __call__(self, x):
+    return self.attention.finish_block(x, BatchNorm(name='norm'), x, train=False)
+
+
 def inputs(shape, dtype):
   x, shortcut = (jax.random.normal(jax.random.key(i), shape, dtype) for i in (1, 2))
   return x, shortcut
@@ -230,13 +240,14 @@ def test_a_subclass_is_called():
 
 
 def test_under_a_negative_scale_the_least_element_is_the_maximum():
-  x = jnp.array([[[1.0, 1.0], [-3.0, -3.0], [2.0, 2.0]]])
-  scale, offset = jnp.array([[[2.0, -2.0]]]), jnp.array([[[0.5, 0.5]]])
-  average, peak = channel_pools(x, scale, offset)
-  np.testing.assert_allclose(average, [[0.5, 0.5]])
-  np.testing.assert_allclose(peak, [[4.5, 6.5]])
-  d_x = jax.grad(lambda x: jnp.sum(channel_pools(x, scale, offset)[1]))(x)
-  np.testing.assert_array_equal(d_x, [[[0.0, 0.0], [0.0, -2.0], [2.0, 0.0]]])
+  x = jnp.array([[[1.0, 1.0, 1.0], [-3.0, -3.0, -3.0], [2.0, 2.0, 2.0]]])
+  sign = jnp.array([[[1.0, -1.0, 0.0]]])
+  mean, square, extreme = channel_pools(x, sign)
+  np.testing.assert_allclose(mean, np.zeros((1, 3)))
+  np.testing.assert_allclose(square, np.full((1, 3), 14 / 3), rtol=1e-6)
+  np.testing.assert_array_equal(extreme, [[2.0, -3.0, 1.0]])
+  d_x = jax.grad(lambda x: jnp.sum(channel_pools(x, sign)[2]))(x)
+  np.testing.assert_array_equal(d_x, [[[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]])
 
 
 def test_maxima_by_hand():
@@ -271,6 +282,7 @@ def test_other_choices_are_not_fused(fields):
 
 
 @pytest.mark.parametrize('train', [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.usefixtures('eight_devices')
 def test_gradients_in_a_shard_map(train, x64):
   """What varies over the devices meets what does not: the norm's map at inference."""
   ending = Ending('xla')
@@ -318,17 +330,10 @@ def test_a_gradient_by_no_example(implementation):
 
 def test_only_the_papers_own_is_fused():
   x = jnp.ones((2, 3, 5, 16))
-  vector = jnp.ones((1, 1, 1, 16))
-
-  def end(x, **fields):
-    module = CBAM(**fields)
-    variables = module.init(jax.random.key(0), jnp.ones((2, 3, 5, 16)), train=False)
-    return module.apply(variables, x, vector, vector, x, train=False, method='finish_block')
-
   with pytest.raises(UserError, match=r"pools=\('avg',\).* add the shortcut"):
-    end(x, pools=('avg',))
+    jax.eval_shape(Finished(CBAM(pools=('avg',))).init, jax.random.key(0), x)
   with pytest.raises(UserError, match='CBAM got an input of int32'):
-    end(x.astype(jnp.int32))
+    jax.eval_shape(Finished(CBAM()).init, jax.random.key(0), x.astype(jnp.int32))
 
 
 def test_the_default_device_may_be_a_name():
@@ -343,17 +348,18 @@ def test_unknown_implementation():
 
 def takes_kernels(x):
   """Whether 'auto' does."""
-  variables = CBAM().init(jax.random.key(0), jnp.ones((8, 4, 3, x.shape[-1])), train=False)
-  vector = jnp.ones((1, 1, 1, x.shape[-1]))
+  finished = Finished(CBAM())
+  one = jnp.ones((8, 4, 3, x.shape[-1]))
+  variables = jax.tree.map(
+    lambda v: jnp.ones(v.shape, v.dtype), jax.eval_shape(finished.init, jax.random.key(0), one)
+  )
+  return 'pallas_call' in str(jax.make_jaxpr(finished.apply)(variables, x))
 
-  def end(x):
-    return CBAM().apply(variables, x, vector, vector, x, train=False, method='finish_block')
 
-  return 'pallas_call' in str(jax.make_jaxpr(end)(x))
-
-
+@pytest.mark.usefixtures('eight_devices')
 def test_auto_takes_kernels_on_a_gpu(monkeypatch):
   x = jnp.ones((8, 4, 3, 32))
+  monkeypatch.setattr(cbam, '_has_triton', lambda device: False)
   assert not takes_kernels(x)
   monkeypatch.setattr(cbam, '_has_triton', lambda device: True)
   assert takes_kernels(x)
@@ -415,6 +421,8 @@ def test_a_jax_without_triton(monkeypatch):
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason='older compilers store 6 % more')
 def test_stores_no_more_than_the_plain_network():
   """CBAM's share of the memory of a train step; its definition takes a third more."""
+  if jax.default_backend() != 'cpu':
+    pytest.skip('of small features, a GPU keeps what its convolutions need to work')
 
   def temporary(attention):
     model = ResNet(stage_sizes=(3,), bottleneck=True, attention=attention, num_classes=10)

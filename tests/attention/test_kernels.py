@@ -32,9 +32,10 @@ def integers(shape, dtype=jnp.float32, least=-40, most=40):
 @pytest.mark.usefixtures('kind')
 def test_over_positions(shape, dtype):
   x, sign = integers(shape, dtype), integers((shape[0], 1, shape[2]), least=-1, most=2)
-  mean, peak, position = jax.jit(kernels.over_positions)(x, sign)
+  mean, square, peak, position = jax.jit(kernels.over_positions)(x, sign)
   values = np.asarray(x, np.float32)
   np.testing.assert_allclose(mean, values.mean(1), rtol=1e-6, atol=1e-5)
+  np.testing.assert_allclose(square, np.square(values).mean(1), rtol=1e-6)
   values = values * np.asarray(sign)
   np.testing.assert_array_equal(peak, values.max(1))
   np.testing.assert_array_equal(position, values.argmax(1))
@@ -124,7 +125,7 @@ def test_each_device_takes_its_own_examples():
   x, one = jax.device_put(integers((16, 49, 32)), split), jnp.ones((1, 1, 32))
   compiled = jax.jit(both).lower(x, one).compile()
   assert 'all-gather' not in compiled.as_text()
-  (_, peak, _), (_, _, channel) = compiled(x, one)
+  (_, _, peak, _), (_, _, channel) = compiled(x, one)
   assert peak.sharding.is_equivalent_to(split, 2)
   np.testing.assert_array_equal(peak, np.max(x, 1))
   np.testing.assert_array_equal(channel, np.argmax(x, 2))
@@ -153,6 +154,6 @@ def test_vmap():
 def test_what_is_not_a_number_stays(pools):
   x = integers((1, 4, 8)).at[0, 1, 2].set(jnp.nan)
   vectors = [jnp.ones((1, 1, 8))] * (2 if pools is kernels.over_channels else 1)
-  mean, peak, _ = pools(x, *vectors)
+  mean, *_, peak, _ = pools(x, *vectors)
   for found in (mean, peak):
     assert np.isnan(found).sum() == 1
