@@ -209,11 +209,6 @@ def _mean(x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
   return jnp.sum(x * (scale / x.shape[2]), 2) + jnp.mean(offset, 2)
 
 
-def _dot(x: jax.Array, vector: jax.Array) -> jax.Array:
-  """The inner product of (N, P, C) and (N, 1, C) over channels: (N, P)."""
-  return jnp.einsum('npc,nc->np', x, vector[:, 0], precision=lax.Precision.HIGHEST)
-
-
 def _spatial_pools_forward(x: jax.Array, scale: jax.Array, offset: jax.Array, pallas: bool) -> Any:
   mean, peak, channel = _reduced(pallas, 'over_channels', _over_channels, x, scale, offset)
   return (peak, mean, _mapped_as(x, scale, offset)), (x, scale, channel)
@@ -286,15 +281,12 @@ def _gate_and_add_backward(residuals: Any, d_out: jax.Array) -> Any:
   # Not `out > 0`, which XLA would ask of the sum before the ReLU, and keep that too.
   du = jnp.where(out != 0, d_out, 0)
   wide = _wide(du)
-  n, *spatial, c = x.shape
-  flat, vector = (n, math.prod(spatial), c), (n, 1, c)
-  d_gate = _dot((wide * x).reshape(flat), scale.reshape(vector))
-  d_gate += _dot(wide.reshape(flat), offset.reshape(vector))
+  d_gate = jnp.sum(wide * (x * scale + offset), -1, keepdims=True)
   return (
     (wide * gate).astype(x.dtype),
     jnp.zeros_like(scale),
     jnp.zeros_like(offset),
-    d_gate.reshape(gate.shape),
+    d_gate,
     du,
   )
 

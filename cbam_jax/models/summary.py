@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.extend import core
@@ -83,15 +84,19 @@ def summary(model: Classifier, image_size: int = 224, channels: int = 3) -> Summ
     )
   image = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
   key = jax.eval_shape(lambda: jax.random.key(0))
+  shapes: dict[str, tuple[int, ...]] = {}
 
-  def apply(method: str, variables: Any, images: jax.Array) -> Any:
-    return model.apply(variables, images, train=False, method=method)
+  def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    result = call(*args, **kwargs)
+    if context.method_name == 'features':
+      shapes.update((name, tuple(features.shape[1:])) for name, features in result.items())
+    return result
 
-  # What other platforms compute in their ways need not be traced.
-  with any_platform():
-    variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, image)
-    shapes = jax.eval_shape(lambda v, x: apply('features', v, x), variables, image)
-    jaxpr = jax.make_jaxpr(lambda v, x: apply('__call__', v, x))(variables, image)
+  # The network runs while its parameters are made, so one trace has all that is asked for. What
+  # other platforms compute in their ways need not be traced.
+  with any_platform(), nn.intercept_methods(note):
+    init = jax.make_jaxpr(lambda k, x: model.init(k, x, train=False), return_shape=True)
+    jaxpr, variables = init(key, image)
 
   params = {
     name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
@@ -103,7 +108,7 @@ def summary(model: Classifier, image_size: int = 224, channels: int = 3) -> Summ
   stages = tuple(
     StageSummary(
       name,
-      tuple(shapes[name].shape[1:]) if name in shapes else None,
+      shapes.get(name),
       params[name],
       multiply_adds[name],
     )
