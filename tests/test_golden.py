@@ -255,13 +255,16 @@ def test_network_in_eval_mode(case, prepare, x64):
 
 
 SLOW_IN_FLOAT32 = (
+  'official_cifar100_resnet18_bam',
   'official_imagenet_resnet50_cbam',
   'official_imagenet_resnet18_none',
   'official_imagenet_resnet18_bam',
   'official_imagenet_resnet18_cbam',
   'official_imagenet_resnet50_none',
   'official_imagenet_resnet50_bam',
+  'timm_mobilenetv1_100',
   'timm_resnet50_cbam',
+  'timm_seresnet50',
   'torchvision_resnext50_32x4d',
   'torchvision_vgg16',
 )

@@ -20,6 +20,7 @@ from cbam_jax.layers import BatchNorm
 from cbam_jax.models import ResNet
 from cbam_jax.models.base import finish_block
 from tests.layers.random_variables import random_variables
+from tests.marks import first
 
 
 def no_convolution(x, norm=None, *, train=False):
@@ -167,14 +168,9 @@ def test_second_derivatives(x64, implementation):
 
 
 # What has a vmapped axis: the features, the shortcut, or parameters of one part.
-@pytest.mark.parametrize(
-  'mapped',
-  [
-    *(pytest.param(v, marks=pytest.mark.slow) for v in ('x', 'channel', 'spatial', 'norm')),
-    'shortcut',
-  ],
-)
-@pytest.mark.parametrize('implementation', ['xla', pytest.param('pallas', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('mapped', ['x', 'channel', 'spatial', 'norm', 'shortcut'])
+@pytest.mark.parametrize('implementation', ['xla', 'pallas'])
 def test_gradients_of_vmap(implementation, mapped, x64):
   x, shortcut = inputs((2, 4, 3, 8), jnp.float64)
   variables = random_variables(Ending(implementation), x, shortcut, train=False)
@@ -261,7 +257,7 @@ def test_maxima_by_hand():
 
 
 @pytest.mark.parametrize('axis', [1, 2])
-@pytest.mark.parametrize('size', [1, 7, 12, 16])
+@pytest.mark.parametrize('size', first(2, [12, 7, 1, 16]))
 def test_ties_go_to_the_first(axis, size):
   shape = (2, size, 3) if axis == 1 else (2, 3, size)
   x = jnp.round(jax.random.normal(jax.random.key(size), shape))
@@ -281,7 +277,8 @@ def test_other_choices_are_not_fused(fields):
     CBAM(**fields, implementation='xla')
 
 
-@pytest.mark.parametrize('train', [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize('train', [True, False])
 @pytest.mark.usefixtures('eight_devices')
 def test_gradients_in_a_shard_map(train, x64):
   """What varies over the devices meets what does not: the norm's map at inference."""
@@ -318,7 +315,8 @@ def test_gradients_in_a_shard_map(train, x64):
   assert_close(gradient, expected, 1e-9)
 
 
-@pytest.mark.parametrize('implementation', [pytest.param('plain', marks=pytest.mark.slow), 'xla'])
+@pytest.mark.slow
+@pytest.mark.parametrize('implementation', ['plain', 'xla'])
 def test_a_gradient_by_no_example(implementation):
   ending = Ending(implementation)
   x, shortcut = inputs((2, 3, 5, 8), jnp.float32)
@@ -418,6 +416,7 @@ def test_a_jax_without_triton(monkeypatch):
     jax.eval_shape(functools.partial(outputs, Ending('pallas'), train=True), x, shortcut)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason='older compilers store 6 % more')
 def test_stores_no_more_than_the_plain_network():
   """CBAM's share of the memory of a train step; its definition takes a third more."""

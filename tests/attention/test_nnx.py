@@ -44,6 +44,7 @@ def features(seed=1):
   return jax.random.normal(jax.random.key(seed), (4, 8, 8, 32))
 
 
+@pytest.mark.slow
 def test_the_page_prints_what_it_says(example):
   told = PAGE.read_text().split('```\n')[2].strip()
   number = r'-?\d+\.\d+'

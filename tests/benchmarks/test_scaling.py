@@ -31,6 +31,7 @@ def small(*overrides: str):
   return compile_step(load_config('imagenet:resnet18,cbam,modern', given))
 
 
+@pytest.mark.slow
 def test_gradients_are_reduced_once_and_nothing_is_gathered():
   program, state = small()
   found = collectives(program.as_text())

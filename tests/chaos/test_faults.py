@@ -36,6 +36,7 @@ def halfway(undisturbed, tmp_path):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(trainer, undisturbed, tmp_path):
   workdir = shutil.copytree(undisturbed, tmp_path / 'run')
   halve(largest_file(workdir / 'checkpoints' / '22'))

@@ -26,6 +26,7 @@ def terminate(trainer, workdir, when, *arguments) -> str:
     return training.output()
 
 
+@pytest.mark.slow
 def test_a_preempted_run_saves_and_goes_on(trainer, undisturbed, tmp_path):
   workdir = tmp_path / 'run'
   rare = '--config.checkpoints.every_steps=1000'

@@ -137,7 +137,7 @@ def lay_out(folder: Path) -> str:
 @pytest.mark.parametrize(
   ('file', 'data'),
   [
-    ('digits', None),
+    pytest.param('digits', None, marks=pytest.mark.slow),
     pytest.param('imagenet:resnet18,cbam,modern', 'imagenet2012', marks=pytest.mark.slow),
     pytest.param('finetune', 'pictures', marks=pytest.mark.slow),
     pytest.param('imagenet:resnet18,cbam', 'imagenet2012', marks=pytest.mark.slow),

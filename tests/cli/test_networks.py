@@ -29,6 +29,7 @@ from tests.cli.trained import (
   probabilities,
   write_pictures,
 )
+from tests.marks import first
 
 # How the command line is told what the folder of a network knows.
 TOLD = [
@@ -269,7 +270,7 @@ def wilson(right, count, z=1.959963984540054):
   return centre - half, centre + half
 
 
-@pytest.mark.parametrize('resized_side', [36, None])
+@pytest.mark.parametrize('resized_side', first(1, [36, None]))
 def test_evaluate_counts_every_picture(home, trained, labelled, capsys, resized_side):
   command = ['evaluate', f'--weights={home / "net"}', '--data=folder', f'--data-dir={labelled}']
   command += [] if resized_side == 36 else ['--resized-side=none']

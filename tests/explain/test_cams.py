@@ -12,6 +12,7 @@ from cbam_jax.explain import eigen_cam, grad_cam, grad_cam_plus_plus
 from cbam_jax.models import vgg
 from tests.explain.networks import Layer, Small, one_stage
 from tests.layers.random_variables import random_features, random_variables
+from tests.marks import first
 from tests.models.networks import ALL, image_shape, make
 
 METHODS = [grad_cam, grad_cam_plus_plus]
@@ -118,7 +119,7 @@ def finite_differences(f, a, step=1e-5):
 
 
 @pytest.mark.parametrize('image', [0, 1])
-@pytest.mark.parametrize('label', [0, 2])
+@pytest.mark.parametrize('label', first(1, [2, 0]))
 def test_finite_differences_and_the_papers_formulas(image, label, x64):
   model = Small(3, widths=(4, 5), side=3, act='softplus', dtype=jnp.float64)
   images = random_features((2, 6, 5, 3))
@@ -278,9 +279,8 @@ def test_compiled_or_not_they_are_the_same(method, make, x64):
   assert_close(jax.jit(of)(variables, images, *labels), cams, 1e-10)
 
 
-@pytest.mark.parametrize(
-  'method', [grad_cam, pytest.param(grad_cam_plus_plus, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('method', METHODS)
 def test_vmap_over_classes(method):
   variables, images = case(resnet)
   cams = jax.vmap(lambda label: compiled(method)(variables, images, label))(jnp.arange(5))
@@ -290,7 +290,7 @@ def test_vmap_over_classes(method):
     assert_close(cams[label], alone, 1e-4)
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', first(1, METHODS))
 def test_classes_in_every_form(method):
   variables, images = case(small)
   of = functools.partial(method, small(), variables, images, stage='stage2')
@@ -322,7 +322,7 @@ def test_examples_do_not_meet(method):
   assert_close(alone[0], cams[0], 1e-5)
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'vgg16'])
+@pytest.mark.parametrize('name', first(1, ['vgg16', 'resnet18']))
 def test_computing_blocks_again_changes_nothing(name, monkeypatch):
   monkeypatch.setattr(vgg, 'POOLED_SIDE', 1)
   fields = {'attention': CBAM, 'stem': 'cifar', 'stage_sizes': (1, 1), 'num_classes': 5}
@@ -348,7 +348,7 @@ def test_nothing_of_the_network_changes():
   assert model == small()
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', first(1, METHODS))
 def test_bfloat16(method):
   variables, images = case(resnet)
   labels = np.array([0, 1, 2])

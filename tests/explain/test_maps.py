@@ -18,10 +18,11 @@ from cbam_jax import (
 from cbam_jax.explain import attention_maps
 from cbam_jax.models import vgg
 from tests.layers.random_variables import random_features, random_variables
+from tests.marks import first
 from tests.models.networks import ALL, image_shape, make
 
 ORDERS = ['channel_first', 'spatial_first', 'parallel', 'channel_only', 'spatial_only']
-SHAPES = [(2, 7, 8), (2, 5, 6, 8), (2, 3, 4, 2, 8)]
+SHAPES = [(2, 5, 6, 8), (2, 7, 8), (2, 3, 4, 2, 8)]
 
 
 def features_and_maps(module, shape=(2, 5, 6, 8)):
@@ -43,7 +44,7 @@ def over_positions(channel, x):
 
 
 @pytest.mark.parametrize('order', ORDERS)
-@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('shape', first(1, SHAPES))
 def test_cbam_is_its_input_times_its_maps(order, shape):
   x, y, maps = features_and_maps(CBAM(reduction=2, order=order), shape)
   parts = {'channel_only': {'channel'}, 'spatial_only': {'spatial'}}
@@ -70,7 +71,7 @@ def test_squeeze_excitation_is_its_input_times_its_map(shape):
 
 
 @pytest.mark.parametrize('combine', ['product', 'sum'])
-@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('shape', first(1, SHAPES))
 def test_bam_is_its_input_times_one_and_its_map(combine, shape):
   x, y, maps = features_and_maps(BAM(reduction=2, combine=combine), shape)
   assert {name: values.shape for name, values in maps.items()} == {'joint': shape}
@@ -135,7 +136,7 @@ COUNTS = {
   **{'resnet152': 50, 'wide_resnet18_1.5': 8, 'wide_resnet18_2.0': 8, 'wide_resnet50_2': 16},
   **{'resnext50_32x4d': 16, 'resnext101_32x4d': 33, 'mobilenet_v1': 27, 'vgg16': 5},
 }
-QUICK = [('resnet18', 'bam'), ('resnet18', 'se'), ('vgg16', 'cbam'), ('vgg16', 'none')]
+QUICK = [('resnet18', 'bam'), ('vgg16', 'cbam')]
 
 
 @pytest.mark.parametrize(

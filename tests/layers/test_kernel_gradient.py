@@ -10,6 +10,7 @@ import pytest
 from cbam_jax.layers import Conv, any_platform, kernel_gradient
 from cbam_jax.layers.convolution import convolve
 from tests.layers.random_variables import random_features, random_variables
+from tests.marks import first
 
 
 # Rows that are taken two by two, and others; fewer than two; a kernel of one row.
@@ -45,26 +46,21 @@ def layer(request, x64):
   return conv, variables, x
 
 
-@pytest.mark.parametrize(
-  'derive',
-  [
-    pytest.param(lambda f, v, x: jax.grad(f, (0, 1))(v, x), id='both'),
-    pytest.param(lambda f, v, x: jax.grad(f, 1)(v, x), id='input'),
-    pytest.param(lambda f, v, x: jax.jvp(f, (v, x), (v, jnp.sin(x))), id='forward mode'),
-    pytest.param(lambda f, v, x: jax.jvp(lambda v: f(v, x), (v,), (v,)), id='forward, kernel'),
-    pytest.param(
-      lambda f, v, x: jax.grad(lambda v: jnp.sum(jax.grad(f, 1)(v, x) ** 2))(v), id='second'
-    ),
-    pytest.param(
-      lambda f, v, x: jax.jvp(lambda v: jax.grad(f)(v, x), (v,), (v,)), id='forward over reverse'
-    ),
-    pytest.param(
-      lambda f, v, x: jax.vmap(lambda x: jax.grad(f)(v, x[None]))(x), id='for each example'
-    ),
-  ],
-)
+DERIVATIVES = {
+  'both': lambda f, v, x: jax.grad(f, (0, 1))(v, x),
+  'forward over reverse': lambda f, v, x: jax.jvp(lambda v: jax.grad(f)(v, x), (v,), (v,)),
+  'for each example': lambda f, v, x: jax.vmap(lambda x: jax.grad(f)(v, x[None]))(x),
+  'input': lambda f, v, x: jax.grad(f, 1)(v, x),
+  'forward mode': lambda f, v, x: jax.jvp(f, (v, x), (v, jnp.sin(x))),
+  'forward, kernel': lambda f, v, x: jax.jvp(lambda v: f(v, x), (v,), (v,)),
+  'second': lambda f, v, x: jax.grad(lambda v: jnp.sum(jax.grad(f, 1)(v, x) ** 2))(v),
+}
+
+
+@pytest.mark.parametrize('derive', first(3, DERIVATIVES))
 def test_derivatives(derive, layer):
   conv, variables, x = layer
+  derive = DERIVATIVES[derive]
 
   def function(variables, x):
     return jnp.sum(jnp.cos(conv.apply(variables, x)))
@@ -95,7 +91,7 @@ def test_examples_on_their_own_devices_stay_there(layer):
   jax.tree.map(assert_allclose, actual, expected)
 
 
-@pytest.mark.parametrize('kind', ['explicit', 'shard_map'])
+@pytest.mark.parametrize('kind', first(1, ['explicit', 'shard_map']))
 def test_other_ways_to_share_out_examples(kind, layer):
   conv, variables, x = layer
   types = jax.sharding.AxisType

@@ -9,6 +9,7 @@ import pytest
 from cbam_jax import CBAM, ChannelAttention, SpatialAttention
 from cbam_jax.layers import BatchNorm, Conv, max_over_axis, max_pool
 from tests.layers.random_variables import random_features, random_variables
+from tests.marks import first, first_rows
 
 
 @pytest.mark.parametrize('axis', [0, 1, 2, -1, -2, -3])
@@ -92,9 +93,7 @@ class Gated(nn.Module):
 
 # With jnp.max in place of max_over_axis, gradients are 3 % off at this shape (jax 0.10.2, x86).
 # Not every shape shows it: 8x8 and 16 to 64 features do not.
-@pytest.mark.parametrize(
-  'attention', [pytest.param(CBAM, marks=pytest.mark.slow), ChannelAttention, SpatialAttention]
-)
+@pytest.mark.parametrize('attention', first(1, [ChannelAttention, SpatialAttention, CBAM]))
 def test_gradients_under_jit_are_those_without(attention, x64):
   side, inputs, features = 7, 64, 256
   module = Gated(attention(param_dtype=jnp.float64), features)
@@ -135,9 +134,10 @@ def test_max_pool_ties_go_to_the_first():
 
 
 @pytest.mark.parametrize(
-  ('window', 'strides', 'padding'), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0), (12, 12, 0)]
+  ('window', 'strides', 'padding'),
+  first_rows(3, [(3, 2, 1), (2, 2, 0), (2, 3, 0), (3, 1, 1), (12, 12, 0)]),
 )
-@pytest.mark.parametrize('size', [(24, 24), (25, 13)])
+@pytest.mark.parametrize('size', first(1, [(25, 13), (24, 24)]))
 def test_max_pool_gradient_is_the_scatters(size, window, strides, padding):
   x = jnp.round(2 * jax.random.normal(jax.random.key(0), (2, *size, 3)))  # many ties
   ours = functools.partial(max_pool, window=window, strides=strides, padding=padding)

@@ -52,7 +52,7 @@ def small_vgg(monkeypatch):
 @pytest.mark.parametrize(
   ('name', 'attention'),
   [
-    pytest.param(*case, marks=pytest.mark.slow if re.search('101|152', case[0]) else ())
+    pytest.param(*case, marks=pytest.mark.slow if re.search('101|152|34|wide', case[0]) else ())
     for case in ALL
   ],
 )

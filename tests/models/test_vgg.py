@@ -6,10 +6,11 @@ import pytest
 from cbam_jax import UserError, summary
 from cbam_jax.models.vgg import adaptive_mean_pool
 from tests.layers.random_variables import random_features
+from tests.marks import first
 from tests.models.networks import make
 
 
-@pytest.mark.parametrize('sides', [(14, 7), (7, 7), (10, 9), (3, 5), (1, 1), (8, 20)])
+@pytest.mark.parametrize('sides', first(3, [(10, 9), (3, 5), (7, 7), (14, 7), (1, 1), (8, 20)]))
 def test_adaptive_mean_pool(sides):
   x = random_features((2, *sides, 3), dtype=np.float32)
   y = adaptive_mean_pool(x, 7)

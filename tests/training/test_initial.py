@@ -15,6 +15,7 @@ from cbam_jax.training import loop
 from cbam_jax.training.experiment import Experiment
 from cbam_jax.training.workdir import Workdir
 from tests.layers.random_variables import random_variables
+from tests.marks import first
 
 FIELDS = {'width': 0.125, 'stage_sizes': (1,)}
 
@@ -109,7 +110,7 @@ def test_weights_live_where_the_state_does(config, weights, monkeypatch):
 # ---- weights of the plain network ------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kind', ['file', 'folder'])
+@pytest.mark.parametrize('kind', first(1, ['file', 'folder']))
 def test_attention_put_into_a_plain_network_changes_nothing_at_first(
   config, weights, tmp_path, kind
 ):

@@ -164,6 +164,7 @@ def test_a_step_is_compiled_once_and_consumes_its_state(tiny_config):
   assert experiment._eval_step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_the_compiled_step_grows_no_faster_than_the_number_of_parameters():
   def compiled(count: int) -> str:
     leaves = [jnp.ones(i + 1) for i in range(count)]
