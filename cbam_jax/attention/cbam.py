@@ -154,7 +154,7 @@ class CBAM(nn.Module):
 
     Args:
       x: Features (N, *spatial, C).
-      norm: Their batch norm.
+      norm: Their batch norm, a submodule of the caller's.
       shortcut: What the block adds, like `x`.
       train: Whether batch norms use (and record) the batch's statistics.
 
@@ -162,7 +162,7 @@ class CBAM(nn.Module):
       The block's output, of the shape and type of `shortcut`.
 
     Raises:
-      UserError: If this CBAM is not `fusible`, or as the call does.
+      UserError: If this CBAM is not `fusible`, or as the calls of both modules do.
     """
     if not self.fusible:
       raise UserError(
@@ -172,7 +172,7 @@ class CBAM(nn.Module):
       )
     check_feature_map('CBAM', x)
 
-    def affine(*moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def affine(*moments: Any) -> tuple[jax.Array, jax.Array]:
       return norm.affine(x, train=train, moments=moments)
 
     return refine_and_add(
@@ -182,6 +182,7 @@ class CBAM(nn.Module):
       shortcut,
       self.channel.logits_of,
       functools.partial(self.spatial.logits_of, train=train),
+      train=train,
       pallas=self.implementation == 'pallas' or (self.implementation == 'auto' and _kernels_pay(x)),
     )
 

@@ -10,15 +10,14 @@ Maxima carry the positions of their elements (see `cbam_jax.layers.max_over_axis
 write the map in different ways on purpose: XLA would compute a common expression once and store it.
 With `pallas`, what is reduced are the kernels of `cbam_jax.attention.kernels`.
 
-Shapes: `x` is (N, P, C) with P positions; `scale` and `offset` (N, 1, C), before the channel gate
-also (1, 1, C).
+Shapes: `x` is (N, P, C) with P positions; `scale` and `offset` are (N, 1, C).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,16 +27,18 @@ from jax import lax
 from jax.sharding import AxisType
 
 from cbam_jax.errors import UserError
-from cbam_jax.layers import at_least_float32
+from cbam_jax.layers import at_least_float32, by_platform
 
 
 def refine_and_add(
   x: jax.Array,
   sign: jax.Array,
-  affine: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+  affine: Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]],
   shortcut: jax.Array,
   channel_logits: Callable[[jax.Array, jax.Array], jax.Array],
   spatial_logits: Callable[[jax.Array, jax.Array], jax.Array],
+  *,
+  train: bool,
   pallas: bool = False,
 ) -> jax.Array:
   """`relu(shortcut + CBAM(x * scale + offset))`, channel attention first.
@@ -45,23 +46,25 @@ def refine_and_add(
   Args:
     x: (N, *spatial, C).
     sign: Of `scale`, (C,).
-    affine: From the means over positions of `x` and of its square, both (N, C), to `scale` and
-      `offset`, both (N or 1, 1, ..., C), float32 at the least, as all gates and sums are.
+    affine: From the means over positions of `x` and, in training, of its square, both (N, C), to
+      `scale` and `offset`, both (N or 1, 1, ..., C), float32 at the least, as all gates and sums
+      are.
     shortcut: Like `x`.
     channel_logits: From the average and the maximum over positions, both (N, C), to (N, C).
     spatial_logits: From the maximum and the mean over channels, both (N, *spatial, 1), to the same.
+    train: Whether `affine` asks for the mean of squares.
     pallas: Whether reductions are Pallas kernels.
 
   Returns:
     An array of the shape and type of `shortcut`.
   """
   n, *spatial, c = x.shape
-  flat = x.reshape(n, math.prod(spatial), c)
   sign = sign.reshape(1, 1, c).astype(at_least_float32(x.dtype))
-  mean, square, extreme = channel_pools(flat, sign, pallas)
+  flat, sign, shortcut = _varying_alike(x.reshape(n, math.prod(spatial), c), sign, shortcut)
+  flat = _mapped_as(flat, sign)
+  mean, square, extreme = channel_pools(flat, sign, train, pallas)
   scale, offset = affine(mean, square)
-  if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
-    flat, scale, offset, shortcut = _varying_alike(flat, scale, offset, shortcut)
+  flat, scale, offset, shortcut = _varying_alike(flat, scale, offset, shortcut)
   # At once and not where each is used, so that their gradients are summed over the examples once.
   scale, offset = (
     jnp.broadcast_to(v.reshape(v.shape[0], 1, c), (n, 1, c)) for v in (scale, offset)
@@ -76,12 +79,14 @@ def refine_and_add(
   return gate_and_add(flat.reshape(x.shape), scale, offset, gate, shortcut)
 
 
-def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+def _varying_alike(*arrays: jax.Array) -> Sequence[jax.Array]:
   """`arrays`, which in a `shard_map` vary over one another's axes from here on.
 
   A derivative of one's own must have the type of what it is by. The compiler sees that nothing is
   ever chosen but the arrays.
   """
+  if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+    return arrays
   never = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(v)) for v in arrays)) & False
   return [jnp.where(never, jnp.zeros((), v.dtype), v) for v in arrays]
 
@@ -118,26 +123,27 @@ def _kernel(name: str, definition: Callable[..., Any]) -> Callable[..., Any]:
 # ------------------------------------------------------------------------ pools over positions
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def channel_pools(
-  x: jax.Array, sign: jax.Array, pallas: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  x: jax.Array, sign: jax.Array, squares: bool = True, pallas: bool = False
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
   """What a batch norm and the channel attention after it ask of the positions, each (N, C).
 
   Args:
     x: (N, P, C).
     sign: Of the norm's scale, (1, 1, C).
+    squares: Whether the mean of squares is asked for.
     pallas: Whether to reduce by a Pallas kernel.
 
   Returns:
-    The mean of `x`, the mean of its square, and the element that the norm takes to its maximum:
-    under a negative scale the least, under none the first.
+    The mean of `x`, the mean of its square or None, and the element that the norm takes to its
+    maximum: under a negative scale the least, under none the first.
   """
   if pallas:
-    return _channel_pools_forward(x, sign, pallas)[0]
+    return _channel_pools_forward(x, sign, squares, pallas)[0]
   values = _wide(x)
-  peak = jnp.max(values * sign, 1)
-  return jnp.mean(values, 1), jnp.mean(lax.square(values), 1), _extreme(peak, values, sign)
+  square = jnp.mean(lax.square(values), 1) if squares else None
+  return jnp.mean(values, 1), square, _extreme(jnp.max(values * sign, 1), values, sign)
 
 
 def _extreme(peak: jax.Array, values: jax.Array, sign: jax.Array) -> jax.Array:
@@ -145,9 +151,10 @@ def _extreme(peak: jax.Array, values: jax.Array, sign: jax.Array) -> jax.Array:
   return jnp.where(sign[:, 0] == 0, values[:, 0], peak * sign[:, 0])
 
 
-def _channel_pools_forward(x: jax.Array, sign: jax.Array, pallas: bool) -> Any:
+def _channel_pools_forward(x: jax.Array, sign: jax.Array, squares: bool, pallas: bool) -> Any:
   mean, square, peak, position = _reduced(pallas, 'over_positions', _over_positions, x, sign)
-  return (mean, square, _extreme(peak, _wide(x), sign)), (x, sign, position)
+  outputs = mean, square if squares else None, _extreme(peak, _wide(x), sign)
+  return outputs, (x, sign, position)
 
 
 def _over_positions(
@@ -158,13 +165,14 @@ def _over_positions(
   return jnp.mean(values, 1), jnp.mean(lax.square(values), 1), *highest
 
 
-def _channel_pools_backward(pallas: bool, residuals: Any, cotangents: Any) -> Any:
+def _channel_pools_backward(squares: bool, pallas: bool, residuals: Any, cotangents: Any) -> Any:
   del pallas  # what it leaves is read in one pass
   x, sign, position = residuals
-  size = x.shape[1]
-  d_mean, d_square, d_extreme = (v[:, None] for v in cotangents)
+  d_mean, d_square, d_extreme = cotangents
   here = lax.broadcasted_iota(position.dtype, x.shape, 1) == position[:, None]
-  dx = x * (d_square * (2 / size)) + d_mean / size + jnp.where(here, d_extreme, 0)
+  dx = (d_mean / x.shape[1])[:, None] + jnp.where(here, d_extreme[:, None], 0)
+  if squares:
+    dx += x * (d_square * (2 / x.shape[1]))[:, None]
   return dx.astype(x.dtype), jnp.zeros_like(sign)
 
 
@@ -281,7 +289,7 @@ def _gate_and_add_backward(residuals: Any, d_out: jax.Array) -> Any:
   # Not `out > 0`, which XLA would ask of the sum before the ReLU, and keep that too.
   du = jnp.where(out != 0, d_out, 0)
   wide = _wide(du)
-  d_gate = jnp.sum(wide * (x * scale + offset), -1, keepdims=True)
+  d_gate = by_platform(wide, x, scale, offset, default=_gate_sum, cpu=_gate_products)
   return (
     (wide * gate).astype(x.dtype),
     jnp.zeros_like(scale),
@@ -292,6 +300,24 @@ def _gate_and_add_backward(residuals: Any, d_out: jax.Array) -> Any:
 
 
 gate_and_add.defvjp(_gate_and_add_forward, _gate_and_add_backward)
+
+
+def _gate_sum(du: jax.Array, x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
+  """The sum of `du * (x * scale + offset)` over channels, in one pass with what makes `du`."""
+  return jnp.sum(du * x * scale + du * offset, -1, keepdims=True)
+
+
+def _gate_products(du: jax.Array, x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
+  """The same as inner products: a CPU would store `scale` and `offset` for each position."""
+
+  def product(v: jax.Array, vector: jax.Array) -> jax.Array:
+    n, *spatial, c = v.shape
+    flat, vector = v.reshape(n, math.prod(spatial), c), vector.reshape(n, c)
+    return jnp.einsum('npc,nc->np', flat, vector, precision=lax.Precision.HIGHEST)
+
+  total = product(du * x, scale) + product(du, offset)
+  return total.reshape(*du.shape[:-1], 1)
+
 
 # --------------------------------------------------------------------------------- positions
 

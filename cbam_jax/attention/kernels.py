@@ -1,10 +1,10 @@
 """CBAM's reductions as Pallas kernels: what `cbam_jax.attention.fused` needs, each in one read.
 
 XLA takes a mean, a maximum and its position in reductions of different shapes, and reads the
-features again for each. Here one kernel reads a tile once and keeps all three.
+features again for each. Here one kernel reads a tile once and keeps them all.
 
 A GPU's kernel walks over its tile in chunks whose sides are powers of two, as Triton wants them,
-and masks what sticks out; each element of a chunk keeps its own sum and maximum, and these meet
+and masks what sticks out; each element of a chunk keeps its own sums and maximum, and these meet
 after the last chunk. A TPU's kernel holds its whole tile in vector memory. Elsewhere the kernels
 are interpreted, which is slow and serves the tests.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -13,8 +13,6 @@ from jax import lax
 
 from cbam_jax.errors import UserError, check_dtypes, checked_group_size, plain
 from cbam_jax.layers.dtypes import Dtype, at_least_float32
-
-Running: TypeAlias = nn.Variable[jax.Array]
 
 
 class BatchNorm(nn.Module):
@@ -85,8 +83,8 @@ class BatchNorm(nn.Module):
     Args:
       x: Features (N, ..., C), or, where nothing reads them, their shape and type.
       train: Whether to use (and record) the batch's own statistics or the running ones.
-      moments: In training, each example's mean of `x` and of its squares, both (N, C), from those
-        who have read `x` already; None to read it here.
+      moments: Each example's mean of `x` and of its squares, both (N, C), from those who have read
+        `x` already; None to read it here. Only training asks for them.
 
     Returns:
       Scale and offset of `x * scale + offset`, float32 at the least, (1, 1, ..., C); or with
@@ -95,58 +93,54 @@ class BatchNorm(nn.Module):
     Raises:
       UserError: As the call does.
     """
-    scale, bias, *running = self._variables(x.shape[-1])
+    scale, bias, *running = self._parameters(x.shape[-1])
     dtype = at_least_float32(self.dtype or x.dtype)
 
     def per_channel(vector: jax.Array) -> jax.Array:
       return lax.expand_dims(vector.astype(dtype), range(x.ndim - 1))
 
     if train:
-      features = x if moments else cast(jax.Array, x).astype(dtype)
-      mean, var = self._statistics(features, moments, *running)
+      read = (cast(jax.Array, x),) if moments is None else moments
+      mean, var = self._statistics(x.shape, *(v.astype(dtype) for v in read))
     else:
-      mean, var = (per_channel(statistic.value) for statistic in running)
+      mean, var = (per_channel(statistic) for statistic in running)
     factor = lax.rsqrt(var + self.epsilon) * per_channel(scale)
     return factor, per_channel(bias) - mean * factor
 
   def sign(self, channels: int) -> jax.Array:
     """The sign of the scale of `affine`, (C,): whether it keeps the order of a channel's values."""
-    return jnp.sign(self._variables(channels)[0])
+    return jnp.sign(self._parameters(channels)[0])
 
   @nn.compact
-  def _variables(self, channels: int) -> tuple[jax.Array, jax.Array, Running, Running]:
-    """Scale, bias, running mean and running variance."""
+  def _parameters(self, channels: int) -> tuple[jax.Array, ...]:
+    """Scale, bias, running mean and running variance, (C,) each."""
     shape, dtype = (channels,), at_least_float32(self.param_dtype)
     return (
       self.param('scale', self.scale_init, shape, self.param_dtype),
       self.param('bias', nn.initializers.zeros, shape, self.param_dtype),
-      self.variable('batch_stats', 'mean', jnp.zeros, shape, dtype),
-      self.variable('batch_stats', 'var', jnp.ones, shape, dtype),
+      self.variable('batch_stats', 'mean', jnp.zeros, shape, dtype).value,
+      self.variable('batch_stats', 'var', jnp.ones, shape, dtype).value,
     )
 
-  def _statistics(
-    self,
-    x: jax.Array | jax.ShapeDtypeStruct,
-    moments: tuple[jax.Array, jax.Array] | None,
-    running_mean: Running,
-    running_var: Running,
-  ) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance of the batch, (1, 1, ..., C), or with groups (N, 1, ..., C)."""
-    shape = self._grouped(x.shape)
-    if moments is None:
-      # One pass over the features: both sums fuse, where E[(x - mean)^2] would read them again.
-      grouped = cast(jax.Array, x).reshape(shape)
-      averaged = grouped, lax.square(grouped)
-    else:
-      one = (1,) * (len(shape) - 3)
-      averaged = tuple(v.reshape(*shape[:2], *one, shape[-1]) for v in moments)
+  def _statistics(self, shape: tuple[int, ...], *read: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of the batch, (1, 1, ..., C), or with groups (N, 1, ..., C).
+
+    They are read from the features of that shape, or from the moments of each example.
+    """
+    shape = self._grouped(shape)
     axes = tuple(range(1, len(shape) - 1))
-    mean, square = (jnp.mean(v, axes, keepdims=True) for v in averaged)
+    if len(read) == 1:
+      # One pass over the features: both sums fuse, where E[(x - mean)^2] would read them again.
+      grouped = read[0].reshape(shape)
+      read = grouped, lax.square(grouped)
+    else:
+      read = tuple(v.reshape(*shape[:2], *(1 for _ in axes[1:]), shape[-1]) for v in read)
+    mean, square = (jnp.mean(v, axes, keepdims=True) for v in read)
     var = jnp.maximum(square - lax.square(mean), 0)
     if not self.is_initializing():
       count = math.prod(shape[1:-1])
-      self._record(running_mean, mean)
-      self._record(running_var, var * (count / (count - 1)))
+      self._record('mean', mean)
+      self._record('var', var * (count / (count - 1)))
 
     def per_example(vector: jax.Array) -> jax.Array:
       vector = vector.reshape(vector.shape[0], *vector.shape[2:])
@@ -171,9 +165,11 @@ class BatchNorm(nn.Module):
       )
     return groups, size, *shape[1:]
 
-  def _record(self, running: Running, batch: jax.Array) -> None:
-    batch = jnp.mean(batch.reshape(-1, batch.shape[-1]), 0).astype(running.value.dtype)
-    running.value = self.momentum * running.value + (1 - self.momentum) * batch
+  def _record(self, statistic: str, batch: jax.Array) -> None:
+    running: jax.Array = self.get_variable('batch_stats', statistic)
+    batch = jnp.mean(batch.reshape(-1, batch.shape[-1]), 0).astype(running.dtype)
+    kept = self.momentum * running + (1 - self.momentum) * batch
+    self.put_variable('batch_stats', statistic, kept)
 
 
 def momentum_share(what: str, momentum: Any) -> Any:

@@ -151,7 +151,13 @@ def finish_block(
     train: Whether batch norms use (and record) the batch's statistics.
   """
   refine = None if attention is None else attention(name='attention')
-  if type(refine) is CBAM and refine.fusible and refine.implementation != 'plain':
+  # A norm of another class may have another map.
+  if (
+    type(refine) is CBAM
+    and type(norm) is BatchNorm
+    and refine.fusible
+    and refine.implementation != 'plain'
+  ):
     return refine.finish_block(conv(x), norm, shortcut, train=train)
   x = conv(x, norm, train=train)
   if refine is not None:

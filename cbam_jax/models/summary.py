@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -88,15 +89,15 @@ def summary(model: Classifier, image_size: int = 224, channels: int = 3) -> Summ
 
   def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     result = call(*args, **kwargs)
-    if context.method_name == 'features':
+    if context.method_name == 'features' and not context.module.path:
       shapes.update((name, tuple(features.shape[1:])) for name, features in result.items())
     return result
 
   # The network runs while its parameters are made, so one trace has all that is asked for. What
   # other platforms compute in their ways need not be traced.
   with any_platform(), nn.intercept_methods(note):
-    init = jax.make_jaxpr(lambda k, x: model.init(k, x, train=False), return_shape=True)
-    jaxpr, variables = init(key, image)
+    run = functools.partial(model.init_with_output, train=False)
+    jaxpr, (_, variables) = jax.make_jaxpr(run, return_shape=True)(key, image)
 
   params = {
     name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -316,6 +316,38 @@ def test_gradients_in_a_shard_map(train, x64):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('eight_devices')
+def test_members_on_their_own_devices_share_features(x64):
+  """What does not vary over the devices meets what does: the parameters."""
+  ending = Ending('xla')
+  x, shortcut = inputs((2, 3, 5, 8), jnp.float64)
+  members = jax.tree.map(
+    lambda v: jnp.stack([v, -2 * v]), random_variables(ending, x, shortcut, train=False)
+  )
+
+  def total(variables, x):
+    y, _ = ending.apply(variables, x, shortcut, train=True, mutable=['batch_stats'])
+    return jnp.sum(y**2)
+
+  def alone(members, x):
+    return jax.lax.psum(total(jax.tree.map(lambda v: v[0], members), x), 'member')
+
+  of_each, shared = jax.sharding.PartitionSpec('member'), jax.sharding.PartitionSpec()
+  mapped = jax.shard_map(
+    alone,
+    mesh=jax.make_mesh((2,), ('member',), axis_types=(jax.sharding.AxisType.Auto,)),
+    in_specs=(of_each, shared),
+    out_specs=shared,
+  )
+
+  def summed(members, x):
+    return sum(total(jax.tree.map(lambda v, i=i: v[i], members), x) for i in range(2))
+
+  gradient, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(members, x) for f in (mapped, summed))
+  assert_close(gradient, expected, 1e-9)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('implementation', ['plain', 'xla'])
 def test_a_gradient_by_no_example(implementation):
   ending = Ending(implementation)
@@ -324,6 +356,39 @@ def test_a_gradient_by_no_example(implementation):
   none = x[:0]
   gradient = jax.grad(lambda x: jnp.sum(ending.apply(variables, x, none, train=False)))(none)
   assert gradient.shape == none.shape
+
+
+def test_a_norm_of_another_class_is_called():
+  class Positive(BatchNorm):
+    def affine(self, x, *, train):
+      scale, offset = super().affine(x, train=train)
+      return jnp.abs(scale), offset
+
+  def end(norm):
+    x, shortcut = inputs((2, 3, 5, 8), jnp.float32)
+
+    class End(nn.Module):
+      @nn.compact
+      def __call__(self, x, shortcut):
+        return finish_block(x, no_convolution, norm(name='norm'), CBAM, shortcut, train=False)
+
+    variables = random_variables(End(), x, shortcut)
+    scale = variables['params']['norm']['scale']
+    variables['params']['norm']['scale'] = jnp.abs(scale) * (1 if norm is BatchNorm else -1)
+    variables['batch_stats']['norm']['mean'] = jnp.zeros(8)
+    return End().apply(variables, x, shortcut)
+
+  np.testing.assert_allclose(end(Positive), end(BatchNorm), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'group_size', 'message'),
+  [((4, 2, 2, 8), 3, 'group_size=3 does not divide'), ((4, 1, 1, 8), 1, r'1 value\(s\)')],
+)
+def test_statistics_that_cannot_be(shape, group_size, message):
+  x = jnp.ones(shape)
+  with pytest.raises(UserError, match=message):
+    jax.eval_shape(functools.partial(outputs, Ending('xla', group_size), train=True), x, x)
 
 
 def test_only_the_papers_own_is_fused():

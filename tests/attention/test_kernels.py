@@ -151,6 +151,17 @@ def test_vmap():
   )
 
 
+def test_what_is_not_a_number_stays_where_a_maximum_lets_go_of_it():
+  """As Triton's does: of two sums, which have kept it, the first says so."""
+  sums = jnp.array([[1.0, jnp.nan], [2.0, 3.0]]), jnp.ones((2, 2))
+  peaks, places = jnp.array([[1.0, 5.0], [2.0, 4.0]]), jnp.array([[0, 0], [1, 1]])
+  total, ones, peak, place = kernels._joined((*sums, peaks, places), axis=0, size=2)
+  np.testing.assert_array_equal(total, [[3.0, jnp.nan]])
+  np.testing.assert_array_equal(ones, [[2.0, 2.0]])
+  np.testing.assert_array_equal(peak, [[2.0, jnp.nan]])
+  np.testing.assert_array_equal(place, [[1, 0]])
+
+
 @pytest.mark.parametrize('pools', [kernels.over_positions, kernels.over_channels])
 def test_what_is_not_a_number_stays(pools):
   x = integers((1, 4, 8)).at[0, 1, 2].set(jnp.nan)

@@ -78,6 +78,48 @@ def test_groups_are_normalised_apart(group_size, x64):
     np.testing.assert_allclose(updates['batch_stats'][name], mean, rtol=1e-12)
 
 
+@pytest.mark.parametrize('group_size', [None, 2])
+def test_moments_say_what_the_features_would(group_size, x64):
+  x = random_features((6, 4, 3, 5))
+  norm = BatchNorm(group_size=group_size, param_dtype=jnp.float64)
+  variables = random_variables(norm, x, train=True)
+
+  def affine(x, moments):
+    given = moments and (jnp.mean(x, (1, 2)), jnp.mean(jnp.square(x), (1, 2)))
+    return norm.apply(
+      variables, x, train=True, moments=given or None, method='affine', mutable=['batch_stats']
+    )
+
+  def check(actual, desired):
+    np.testing.assert_allclose(actual, desired, rtol=1e-12, atol=1e-14)
+
+  jax.tree.map(check, affine(x, True), affine(x, False))
+  gradients = [jax.grad(lambda x, m=m: jnp.sum(affine(x, m)[0][0] ** 2))(x) for m in (True, False)]
+  check(*gradients)
+
+
+def test_sign_is_that_of_the_scale():
+  norm = BatchNorm()
+  variables = norm.init(jax.random.key(0), jnp.ones((2, 3)), train=False)
+  variables['params']['scale'] = jnp.array([2.0, -0.5, 0.0])
+  np.testing.assert_array_equal(norm.apply(variables, 3, method='sign'), [1, -1, 0])
+
+
+def test_what_it_computes_can_be_captured():
+  """Every method that flax may be asked to note returns arrays, under `jit` too."""
+  norm = BatchNorm()
+  x = random_features((2, 4, 3), dtype=np.float32)
+  variables = norm.init(jax.random.key(0), x, train=False)
+
+  @jax.jit
+  def captured(x):
+    return norm.apply(
+      variables, x, train=True, mutable=['batch_stats'], capture_intermediates=lambda *_: True
+    )
+
+  captured(x)
+
+
 def test_groups_do_not_matter_in_evaluation():
   x = random_features((5, 4, 4, 3), dtype=np.float32)
   variables = random_variables(BatchNorm(), x, train=False)
