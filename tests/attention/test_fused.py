@@ -120,7 +120,7 @@ def test_equals_the_definition(x64, implementation, shape, group_size, train):
   assert_close(fused, plain, 1e-12)
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'pallas'])
+@pytest.mark.parametrize('implementation', first(1, ['xla', 'pallas']))
 def test_equals_the_definition_in_float32(implementation):
   x, shortcut = inputs((4, 14, 14, 32), jnp.float32)
   fused_gradients, (fused, _) = outputs(Ending(implementation), x, shortcut, True)
@@ -168,9 +168,8 @@ def test_second_derivatives(x64, implementation):
 
 
 # What has a vmapped axis: the features, the shortcut, or parameters of one part.
-@pytest.mark.slow
-@pytest.mark.parametrize('mapped', ['x', 'channel', 'spatial', 'norm', 'shortcut'])
-@pytest.mark.parametrize('implementation', ['xla', 'pallas'])
+@pytest.mark.parametrize('mapped', first(1, ['norm', 'x', 'channel', 'spatial', 'shortcut']))
+@pytest.mark.parametrize('implementation', first(1, ['xla', 'pallas']))
 def test_gradients_of_vmap(implementation, mapped, x64):
   x, shortcut = inputs((2, 4, 3, 8), jnp.float64)
   variables = random_variables(Ending(implementation), x, shortcut, train=False)

@@ -75,6 +75,7 @@ def test_statistics_change_in_training_alone(example):
   assert norm['var'] != before['spatial']['norm']['var']
 
 
+@pytest.mark.slow
 def test_every_parameter_of_the_gates_has_the_gradient_of_linen(example):
   network = example['Network'](nnx.Rngs(0))
   # Where the norm's scale has left 0, and no unit of the MLP is off for good yet.

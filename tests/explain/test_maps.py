@@ -105,7 +105,8 @@ def resnet(implementation, **fields):
   return create_model('resnet18', attention=attention, **fields)
 
 
-@pytest.mark.parametrize('remat', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', [False, True])
 def test_plain_and_fused_have_the_maps_that_refine_every_block(remat):
   images = random_features((3, 12, 12, 3), dtype=np.float32)
   plain, fused = resnet('plain'), resnet('xla', remat=remat)
