@@ -34,7 +34,8 @@ class MissingExtraError(UserError, ImportError):
 
 def near(value: object, allowed: Iterable[str]) -> str:
   """The sentence that offers the names of `allowed` that look like `value`; empty if none does."""
-  names = difflib.get_close_matches(str(value), list(allowed), n=3)
+  folded = {name.lower(): name for name in allowed}
+  names = [folded[name] for name in difflib.get_close_matches(str(value).lower(), folded, n=3)]
   return f' Did you mean {" or ".join(repr(name) for name in names)}?' if names else ''
 
 
@@ -48,6 +49,11 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
 def plain(value: Any) -> Any:
   """`value`, a number of Python's if it is one of NumPy's."""
   return value.item() if isinstance(value, np.generic) else value
+
+
+def is_number(value: Any) -> bool:
+  """Whether `value` is a real number, NumPy's too."""
+  return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
 def is_whole(value: Any) -> bool:

@@ -30,6 +30,10 @@ class CBAM(nn.Module):
 
       y = CBAM(reduction=16)(x, train=train)
 
+  With `nn.remat`, which would take `train` for an array:
+
+      y = nn.remat(lambda module, x: module(x, train=train))(CBAM(reduction=16), x)
+
   Attributes:
     reduction: Channels over hidden units of the channel MLP, at least 1.
     pools: Which of 'avg', 'max', 'lse' and 'lp' describe a channel (table 1).
@@ -137,6 +141,7 @@ class CBAM(nn.Module):
     Raises:
       UserError: On a wrong rank, an integer type, or an axis without extent.
     """
+    check_feature_map('CBAM', x)
     if self.order == 'channel_first':
       return self.spatial(self.channel(x), train=train)
     if self.order == 'spatial_first':

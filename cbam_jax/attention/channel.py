@@ -60,7 +60,8 @@ class ChannelAttention(nn.Module):
     param_dtype: Type in which parameters are stored.
 
   Raises:
-    UserError: On an unknown pool, none at all, or a reduction under 1.
+    UserError: On an unknown pool, none at all, a reduction under 1, or a `use_bias` of another
+      type than bool.
   """
 
   reduction: float = 16
@@ -71,6 +72,8 @@ class ChannelAttention(nn.Module):
 
   def __post_init__(self) -> None:
     self.reduction = checked_reduction(type(self).__name__, self.reduction)
+    if not isinstance(self.use_bias, bool):
+      raise UserError(f'use_bias is {self.use_bias!r}; it must be True or False.')
     if isinstance(self.pools, str) or not self.pools:
       raise UserError(
         f'pools is {self.pools!r}; give a sequence of one or more of {", ".join(POOLS)}, '

@@ -7,9 +7,8 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cbam_jax.errors import UserError, plain
+from cbam_jax.errors import UserError, is_number, plain
 from cbam_jax.layers import Dtype
 
 # PyTorch's default for a linear layer: uniform within ±1/sqrt(fan_in).
@@ -23,8 +22,7 @@ def hidden_size(channels: int, reduction: float) -> int:
 
 def checked_reduction(what: str, reduction: float) -> float:
   """`reduction`, or `UserError` unless the hidden layer is no wider than its input."""
-  number = isinstance(reduction, (int, float, np.number)) and not isinstance(reduction, bool)
-  if not (number and 1 <= reduction < math.inf):
+  if not (is_number(reduction) and 1 <= reduction < math.inf):
     raise UserError(
       f'{what}(reduction={reduction!r}): the reduction divides the channels to give the hidden '
       'size, so it must be a number of at least 1; the paper uses 16.'

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from cbam_jax import __version__
 from cbam_jax.cli import convert, evaluate, explain, export, models, predict, prepare, train
 from cbam_jax.errors import RunError, UserError, near
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: The arguments after the program's name; None for those of the process.
   """
   parser = argparse.ArgumentParser(prog='cbam-jax', description=__doc__)
+  parser.add_argument('--version', action='version', version=f'cbam_jax {__version__}')
   subparsers = parser.add_subparsers(dest='command', required=True)
   for name, module in COMMANDS.items():
     subparser = subparsers.add_parser(name, help=module.__doc__, description=module.__doc__)

@@ -8,10 +8,9 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from cbam_jax.errors import UserError, check_dtypes, checked_group_size, plain
+from cbam_jax.errors import UserError, check_dtypes, checked_group_size, is_number, plain
 from cbam_jax.layers.dtypes import Dtype, at_least_float32
 
 
@@ -39,7 +38,8 @@ class BatchNorm(nn.Module):
     param_dtype: Type in which parameters are stored.
 
   Raises:
-    UserError: On a momentum outside 0 to 1, a group of none, or an integer type.
+    UserError: On a momentum outside 0 to 1, a negative epsilon, a group of none, or an integer
+      type.
   """
 
   momentum: float = 0.9
@@ -52,6 +52,8 @@ class BatchNorm(nn.Module):
   def __post_init__(self) -> None:
     self.momentum = momentum_share("a batch norm's momentum", self.momentum)
     self.group_size = checked_group_size(self.group_size)
+    if not (is_number(self.epsilon) and self.epsilon >= 0):
+      raise UserError(f'epsilon is {self.epsilon!r}; it must be a number of at least 0.')
     check_dtypes(type(self).__name__, self.dtype, self.param_dtype)
     super().__post_init__()
 
@@ -66,7 +68,8 @@ class BatchNorm(nn.Module):
       An array of the shape of `x`.
 
     Raises:
-      UserError: In training, if `group_size` does not divide N, or if a channel has one value only.
+      UserError: On an input of integers, or without channels; in training, if `group_size` does not
+        divide N, or if a channel has one value only.
     """
     scale, offset = self.affine(x, train=train)
     return (x.astype(scale.dtype) * scale + offset).astype(self.dtype or x.dtype)
@@ -93,6 +96,11 @@ class BatchNorm(nn.Module):
     Raises:
       UserError: As the call does.
     """
+    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+      raise UserError(
+        f'BatchNorm got an input of {x.dtype}, shape {x.shape}; it takes floating point, '
+        '(N, ..., C), channels last.'
+      )
     scale, bias, *running = self._parameters(x.shape[-1])
     dtype = at_least_float32(self.dtype or x.dtype)
 
@@ -176,8 +184,7 @@ def momentum_share(what: str, momentum: Any) -> Any:
   """`momentum`, a number of Python's or JAX's, or `UserError` unless it is a share."""
   if isinstance(momentum, jax.Array):  # of a schedule; it may be traced
     return momentum
-  number = isinstance(momentum, (int, float, np.number)) and not isinstance(momentum, bool)
-  if not (number and 0 <= momentum <= 1):
+  if not (is_number(momentum) and 0 <= momentum <= 1):
     raise UserError(
       f'{what} is {momentum!r}; it must be a number from 0 to 1, the share of the running '
       "statistics that a step keeps (one minus PyTorch's momentum)."

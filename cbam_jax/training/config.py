@@ -55,7 +55,7 @@ def default_config() -> ml_collections.ConfigDict:
         'name': 'tfds:imagenet2012',
         'dir': ml_collections.config_dict.placeholder(str),
         'image_size': 224,
-        'resized_side': 256,  # of test images, before the central crop; None: left alone
+        'resized_side': 256,  # of test images, before the central crop; None: no crop
         'interpolation': 'bilinear',  # or bicubic: how test images are resized
         'augmentation': 'crop_flip',
         'mixing': 'none',  # or mixup, cutmix, mixup_or_cutmix

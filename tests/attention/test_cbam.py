@@ -129,6 +129,7 @@ def test_numbers_may_be_numpys_and_pools_a_list():
     ({'reduction': True}, r'CBAM\(reduction=True\)|ChannelAttention\(reduction=True\)'),
     ({'spatial_kernel': True}, 'kernel_size .* is True; .* positive odd'),
     ({'spatial_kernel': 4}, 'kernel_size .* is 4; .* positive odd'),
+    ({'use_bias': 'no'}, "use_bias is 'no'; it must be True or False"),
     ({'group_size': '2'}, "group_size is '2'; it must be an integer"),
     ({'dtype': jnp.int32}, "has dtype 'int32'; it must be floating"),
   ],

@@ -20,7 +20,7 @@ from cbam_jax.layers import BatchNorm
 from cbam_jax.models import ResNet
 from cbam_jax.models.base import finish_block
 from tests.layers.random_variables import random_variables
-from tests.marks import first
+from tests.marks import first, first_rows
 
 
 def no_convolution(x, norm=None, *, train=False):
@@ -480,16 +480,26 @@ def test_a_jax_without_triton(monkeypatch):
     jax.eval_shape(functools.partial(outputs, Ending('pallas'), train=True), x, shortcut)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason='older compilers store 6 % more')
-def test_stores_no_more_than_the_plain_network():
+@pytest.mark.parametrize(
+  ('fields', 'side'),
+  first_rows(
+    1,
+    [
+      ({'stage_sizes': (2,), 'stem': 'cifar'}, 16),
+      ({'stage_sizes': (3,), 'bottleneck': True}, 64),
+    ],
+  ),
+  ids=['basic', 'bottleneck'],
+)
+def test_stores_no_more_than_the_plain_network(fields, side):
   """CBAM's share of the memory of a train step; its definition takes a third more."""
   if jax.default_backend() != 'cpu':
     pytest.skip('of small features, a GPU keeps what its convolutions need to work')
 
   def temporary(attention):
-    model = ResNet(stage_sizes=(3,), bottleneck=True, attention=attention, num_classes=10)
-    images = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)
+    model = ResNet(**fields, attention=attention, num_classes=10)
+    images = jax.ShapeDtypeStruct((4, side, side, 3), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, images)
 

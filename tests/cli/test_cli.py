@@ -374,6 +374,13 @@ def test_every_command_has_help(capsys, command):
   assert f'usage: cbam-jax {command}' in capsys.readouterr().out
 
 
+def test_version(capsys):
+  with pytest.raises(SystemExit) as exit_:
+    main(['--version'])
+  assert exit_.value.code == 0
+  assert capsys.readouterr().out == f'cbam_jax {cbam_jax.__version__}\n'
+
+
 # ---- a missing extra -------------------------------------------------------------------------
 
 

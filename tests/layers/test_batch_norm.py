@@ -188,6 +188,8 @@ def test_one_value_a_channel_has_no_variance(shape, group_size):
   [
     ({'group_size': 0}, 'group_size is 0; it must be an integer of at least 1'),
     ({'group_size': 2.0}, 'group_size is 2.0; it must be an integer'),
+    ({'epsilon': -1.0}, 'epsilon is -1.0; it must be a number of at least 0'),
+    ({'epsilon': 'a'}, "epsilon is 'a'; it must be a number"),
     ({'momentum': 1.5}, "a batch norm's momentum is 1.5; .* from 0 to 1"),
     ({'dtype': jnp.int32}, "BatchNorm has dtype 'int32'; .* floating point"),
   ],
@@ -195,6 +197,13 @@ def test_one_value_a_channel_has_no_variance(shape, group_size):
 def test_fields_that_cannot_be(fields, message):
   with pytest.raises(UserError, match=message):
     BatchNorm(**fields)
+
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('x', [np.ones(3), np.float32(1), np.ones((2, 3), np.int32)])
+def test_inputs_that_cannot_be(x, train):
+  with pytest.raises(UserError, match=r'BatchNorm got an input of .* floating point'):
+    BatchNorm().init(jax.random.key(0), x, train=train)
 
 
 def test_an_empty_batch_has_no_statistics():

@@ -30,6 +30,7 @@ INVALID = [
   ('label_smoothing', -0.1, 'from 0 to under 1'),
   ('model.name', 'resnet5', "Did you mean 'resnet50'"),
   ('model.attention', 'cbma', "Did you mean 'cbam'"),
+  ('model.attention', 'CBAM', "Did you mean 'cbam'"),
   ('model.attention_fields', {'ratio': 8}, 'it takes'),
   ('model.attention_fields', {'spatial_kernal': 3}, "Did you mean 'spatial_kernel'"),
   ('model.attention_fields', {'reduction': 'half'}, 'it must be a number, such as 16'),
