@@ -36,7 +36,8 @@ def draw_curves(entries: Iterable[dict[str, Any]], path: Path, title: str) -> No
     error.plot(epochs, [100 * (1 - row['top1']) for row in rows], **style)
   error.set_title(_best(entry for entry in entries if entry['split'] == 'test'))
   _show_learning_rate(loss, [entry for entry in entries if entry['split'] == 'train'])
-  loss.set(title='Loss', ylabel='cross entropy (nats)', yscale='log')
+  # The test loss has neither smoothing nor augmentation, so it can be the smaller.
+  loss.set(title='Loss (of training: as it is minimised)', ylabel='cross entropy (nats)', yscale='log')
   error.set(ylabel='error (%)', yscale='symlog', ylim=(0, 100))
   error.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
   for axes in (loss, error):
