@@ -37,7 +37,7 @@ def draw_curves(entries: Iterable[dict[str, Any]], path: Path, title: str) -> No
   error.set_title(_best(entry for entry in entries if entry['split'] == 'test'))
   _show_learning_rate(loss, [entry for entry in entries if entry['split'] == 'train'])
   # The test loss has neither smoothing nor augmentation, so it can be the smaller.
-  loss.set(title='Loss (of training: as it is minimised)', ylabel='cross entropy (nats)', yscale='log')
+  loss.set(title='Loss (of training: as minimised)', ylabel='cross entropy (nats)', yscale='log')
   error.set(ylabel='error (%)', yscale='symlog', ylim=(0, 100))
   error.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
   for axes in (loss, error):
