@@ -45,7 +45,6 @@ IMPLEMENTATIONS = ('plain', 'xla', 'pallas')
 # gate, x and the sum's cotangent for each further gate, and two cotangents written.
 PASSES = {'forward': 5, 'gradient': 5 + 9}
 
-
 # Steps that are under way before anyone waits for one, as in a training loop: what the host does
 # for a step is hidden behind the one before.
 IN_FLIGHT = 10

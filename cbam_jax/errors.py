@@ -34,8 +34,11 @@ class MissingExtraError(UserError, ImportError):
 
 def near(value: object, allowed: Iterable[str]) -> str:
   """The sentence that offers the names of `allowed` that look like `value`; empty if none does."""
-  folded = {name.lower(): name for name in allowed}
-  names = [folded[name] for name in difflib.get_close_matches(str(value).lower(), folded, n=3)]
+  folded: dict[str, list[str]] = {}
+  for name in allowed:  # some may differ in case alone
+    folded.setdefault(name.lower(), []).append(name)
+  matches = difflib.get_close_matches(str(value).lower(), folded, n=3)
+  names = [name for match in matches for name in folded[match]]
   return f' Did you mean {" or ".join(repr(name) for name in names)}?' if names else ''
 
 
