@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbam_jax.errors import UserError
+from cbam_jax.layers.platforms import by_platform
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -55,7 +56,14 @@ def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.A
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _max_pool(x: jax.Array, window: int, strides: int, padding: int) -> jax.Array:
-  return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
+  def by_xla(x: jax.Array) -> jax.Array:
+    return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
+
+  def by_places(x: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.maximum, _places(x, window, strides, padding, -jnp.inf))
+
+  # XLA's CPU windows take three times as long, and the derivative shares what is here.
+  return by_platform(x, cpu=by_places, default=by_xla)
 
 
 @_max_pool.defjvp
@@ -63,24 +71,26 @@ def _max_pool_jvp(
   window: int, strides: int, padding: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   (x,), (tangent,) = primals, tangents
-  sides = [(size + 2 * padding - window) // strides + 1 for size in x.shape[1:3]]
-
-  def taps(v: jax.Array, beyond: float) -> Iterator[jax.Array]:
-    """What every window holds at each of its places in turn."""
-    around = (padding, padding, 0)
-    v = lax.pad(v, jnp.asarray(beyond, v.dtype), [(0, 0, 0), around, around, (0, 0, 0)])
-    for i, j in itertools.product(range(window), repeat=2):
-      ends = (i + strides * (sides[0] - 1) + 1, j + strides * (sides[1] - 1) + 1)
-      yield lax.slice(v, (0, i, j, 0), (v.shape[0], *ends, v.shape[3]), (1, strides, strides, 1))
-
-  places = taps(x, -jnp.inf)
-  peak = next(places)
+  values = _places(x, window, strides, padding, -jnp.inf)
+  peak = next(values)
   position = jnp.zeros(peak.shape, jnp.int8 if window**2 <= 128 else jnp.int32)
-  for place, value in enumerate(places, 1):
+  for place, value in enumerate(values, 1):
     position = jnp.where(value > peak, jnp.asarray(place, position.dtype), position)
     peak = jnp.maximum(peak, value)
   # A sum over places, whose transpose spreads a cotangent without the scatter of XLA's derivative.
   picked = jnp.zeros_like(peak)
-  for place, value in enumerate(taps(tangent, 0)):
+  for place, value in enumerate(_places(tangent, window, strides, padding, 0)):
     picked += jnp.where(position == place, value, 0)
   return _max_pool(x, window, strides, padding), picked
+
+
+def _places(
+  x: jax.Array, window: int, strides: int, padding: int, beyond: float
+) -> Iterator[jax.Array]:
+  """What every window holds at each of its places in turn, `beyond` outside of `x`."""
+  around = (padding, padding, 0)
+  x = lax.pad(x, jnp.asarray(beyond, x.dtype), [(0, 0, 0), around, around, (0, 0, 0)])
+  n, height, width, c = x.shape
+  for i, j in itertools.product(range(window), repeat=2):
+    ends = (n, height - window + i + 1, width - window + j + 1, c)
+    yield lax.slice(x, (0, i, j, 0), ends, (1, strides, strides, 1))
