@@ -206,8 +206,7 @@ class Conv(nn.Module):
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
       on['cpu'] = functools.partial(pointwise, strides=self.strides)
     elif self.dilation == 1:
-      if on_cuda := few_channels.faster(x, kernel, self.strides):
-        on['cuda'] = on_cuda
+      on |= few_channels.faster(x, kernel, self.strides)
       if kernel_gradient.products_are_faster(x, kernel, self.strides):
         products = functools.partial(kernel_gradient.by_products, strides=self.strides)
         on['cpu'] = functools.partial(

@@ -1,7 +1,8 @@
-"""Convolutions of few channels written as convolutions or products of many, for a GPU.
+"""Convolutions of few channels written as convolutions or products of many.
 
 A GPU's matrix units take channels by eights. cuDNN pads the stem's three, and convolves CBAM's two
-maps without those units: either takes longer than the pass over memory that it is.
+maps without those units: either takes longer than the pass over memory that it is. A CPU convolves
+the two maps in plain loops.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ WIDEST = 128
 
 def faster(
   x: jax.Array, kernel: jax.Array, strides: int
-) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
-  """Which of the two below computes the convolution of `x`; None if neither does.
+) -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
+  """Which of the two below computes the convolution of `x`, by the platforms where it is faster.
 
   Args:
     x: (N, *spatial, C).
@@ -32,10 +33,12 @@ def faster(
   fits = x.ndim == 4 and c <= FEW and all(side % 2 for side in sides)
   # Exported for images of any size, x has sizes that are no numbers.
   if not fits or not all(isinstance(size, int) for size in x.shape[1:]):
-    return None
+    return {}
   if strides == 2:
-    return space_to_depth
-  return by_rows if strides == features == 1 and x.shape[2] <= WIDEST else None
+    return {'cuda': space_to_depth}
+  if strides == features == 1 and x.shape[2] <= WIDEST:
+    return {'cuda': by_rows, 'cpu': by_rows}
+  return {}
 
 
 def space_to_depth(x: jax.Array, kernel: jax.Array) -> jax.Array:

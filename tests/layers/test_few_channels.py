@@ -1,4 +1,4 @@
-"""Convolutions of few channels, as a GPU computes them, against XLA's own."""
+"""Convolutions of few channels, written as others, against XLA's own."""
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,23 @@ def test_space_to_depth(size, sides, channels, x64):
 def test_by_rows(size, sides, channels, x64):
   x, kernel = random_features((2, *size, channels)), random_features((*sides, channels, 1))
   agree(few_channels.by_rows, lambda *inputs: convolve(*inputs, 1), x, kernel)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'features', 'strides', 'expected'),
+  [
+    ((2, 56, 56, 2), 1, 1, {'cuda': few_channels.by_rows, 'cpu': few_channels.by_rows}),
+    ((2, 56, 129, 2), 1, 1, {}),
+    ((2, 224, 224, 3), 64, 2, {'cuda': few_channels.space_to_depth}),
+    ((2, 56, 56, 5), 1, 1, {}),
+    ((2, 56, 56, 2), 8, 1, {}),
+    ((2, 56, 2), 1, 1, {}),
+  ],
+)
+def test_where_they_are_faster(shape, features, strides, expected):
+  sides = (7,) * (len(shape) - 2)
+  kernel = jnp.zeros((*sides, shape[-1], features))
+  assert few_channels.faster(jnp.zeros(shape), kernel, strides) == expected
 
 
 def agree(actual, desired, *inputs):
