@@ -56,7 +56,7 @@ def plain(value: Any) -> Any:
 
 def is_number(value: Any) -> bool:
   """Whether `value` is a real number, NumPy's too."""
-  return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+  return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def is_whole(value: Any) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from cbam_jax.attention.channel import ChannelAttention
-from cbam_jax.attention.fused import refine_and_add
+from cbam_jax.attention.fused import refine, refine_and_add
 from cbam_jax.attention.gating import gate
 from cbam_jax.attention.spatial import SpatialAttention
 from cbam_jax.errors import UserError, check_choice, check_feature_map
@@ -45,13 +45,14 @@ class CBAM(nn.Module):
     norm_momentum: Momentum of the spatial batch norm (linen's sense): the authors' 0.99, timm's
       0.9.
     group_size: Examples that share the spatial batch norm's statistics; None for the whole batch.
-    implementation: How a residual block of this package ends with it. 'plain': as the definition
-      reads, which forward-mode derivatives need. 'xla': fused with the batch norm before it and the
-      sum after it, in few passes over memory. 'pallas': the same with Pallas kernels for what it
-      reduces, on an NVIDIA GPU since Ampere (on a TPU it was compiled, not run), by Pallas's Triton
-      backend, which JAX means to remove. 'auto': for the paper's own CBAM 'pallas' on such a GPU
-      as long as JAX has it, unless in a shard_map or on a mesh of explicit axes, else 'xla'; for
-      other choices 'plain'.
+    implementation: How it is computed. 'plain': as the definition reads, which forward-mode
+      derivatives need. 'xla': in few passes over memory, at the end of a residual block together
+      with the batch norm before it and the sum after it. 'pallas': the same with Pallas kernels for
+      what it reduces, on an NVIDIA GPU since Ampere (on a TPU it was compiled, not run), by
+      Pallas's Triton backend, which JAX means to remove. 'auto': for the paper's own CBAM 'pallas'
+      on such a GPU as long as JAX has it, unless in a shard_map or on a mesh of explicit axes, else
+      'xla', but 'plain' where the module is called by itself at inference; for other choices
+      'plain'.
     dtype: Type of the output; None follows the input. Pools and gates are float32 at the least.
     param_dtype: Type in which parameters are stored.
 
@@ -142,6 +143,19 @@ class CBAM(nn.Module):
       UserError: On a wrong rank, an integer type, or an axis without extent.
     """
     check_feature_map('CBAM', x)
+    by_kernels = self.fusible and self._by_kernels(x)
+    # Without gradients XLA makes as few passes of the definition, and quicker ones.
+    if (
+      by_kernels
+      or self.implementation == 'xla'
+      or (train and self.implementation == 'auto' and self.fusible)
+    ):
+      return refine(
+        x,
+        self.channel.logits_of,
+        functools.partial(self.spatial.logits_of, train=train),
+        pallas=by_kernels,
+      )
     if self.order == 'channel_first':
       return self.spatial(self.channel(x), train=train)
     if self.order == 'spatial_first':
@@ -188,8 +202,12 @@ class CBAM(nn.Module):
       self.channel.logits_of,
       functools.partial(self.spatial.logits_of, train=train),
       train=train,
-      pallas=self.implementation == 'pallas' or (self.implementation == 'auto' and _kernels_pay(x)),
+      pallas=self._by_kernels(x),
     )
+
+  @nn.nowrap
+  def _by_kernels(self, x: jax.Array) -> bool:
+    return self.implementation == 'pallas' or (self.implementation == 'auto' and _kernels_pay(x))
 
 
 def _kernels_pay(x: jax.Array) -> bool:

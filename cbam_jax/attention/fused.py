@@ -1,4 +1,4 @@
-"""The end of a residual block with CBAM, `relu(shortcut + CBAM(x * scale + offset))`, fused.
+"""CBAM in few passes: alone, or as a block's end, `relu(shortcut + CBAM(x * scale + offset))`.
 
 CBAM's arithmetic is little; what it costs is passes over the features. Written as its definition
 says, it stores the normalised features and the gated ones, for the backward pass too. Here the
@@ -30,11 +30,36 @@ from cbam_jax.errors import UserError
 from cbam_jax.layers import at_least_float32, by_platform
 
 
+def refine(
+  x: jax.Array,
+  channel_logits: Callable[[jax.Array, jax.Array], jax.Array],
+  spatial_logits: Callable[[jax.Array, jax.Array], jax.Array],
+  *,
+  pallas: bool = False,
+) -> jax.Array:
+  """`CBAM(x)`, channel attention first, of the shape and type of `x` (N, *spatial, C).
+
+  The other arguments are those of `refine_and_add`.
+  """
+  one = jnp.ones(x.shape[-1:], at_least_float32(x.dtype))
+  vectors = lax.expand_dims(one, range(x.ndim - 1))
+  return refine_and_add(
+    x,
+    one,
+    lambda *_: (vectors, jnp.zeros_like(vectors)),
+    None,
+    channel_logits,
+    spatial_logits,
+    train=False,
+    pallas=pallas,
+  )
+
+
 def refine_and_add(
   x: jax.Array,
   sign: jax.Array,
   affine: Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]],
-  shortcut: jax.Array,
+  shortcut: jax.Array | None,
   channel_logits: Callable[[jax.Array, jax.Array], jax.Array],
   spatial_logits: Callable[[jax.Array, jax.Array], jax.Array],
   *,
@@ -49,14 +74,14 @@ def refine_and_add(
     affine: From the means over positions of `x` and, in training, of its square, both (N, C), to
       `scale` and `offset`, both (N or 1, 1, ..., C), float32 at the least, as all gates and sums
       are.
-    shortcut: Like `x`.
+    shortcut: Like `x`; None for neither sum nor ReLU.
     channel_logits: From the average and the maximum over positions, both (N, C), to (N, C).
     spatial_logits: From the maximum and the mean over channels, both (N, *spatial, 1), to the same.
     train: Whether `affine` asks for the mean of squares.
     pallas: Whether reductions are Pallas kernels.
 
   Returns:
-    An array of the shape and type of `shortcut`.
+    An array of the shape and type of `shortcut`, or of `x` without one.
   """
   n, *spatial, c = x.shape
   sign = sign.reshape(1, 1, c).astype(at_least_float32(x.dtype))
@@ -79,16 +104,17 @@ def refine_and_add(
   return gate_and_add(flat.reshape(x.shape), scale, offset, gate, shortcut)
 
 
-def _varying_alike(*arrays: jax.Array) -> Sequence[jax.Array]:
-  """`arrays`, which in a `shard_map` vary over one another's axes from here on.
+def _varying_alike(*arrays: jax.Array | None) -> Sequence[Any]:
+  """`arrays`, which in a `shard_map` vary over one another's axes from here on; None stays.
 
   A derivative of one's own must have the type of what it is by. The compiler sees that nothing is
   ever chosen but the arrays.
   """
   if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
     return arrays
-  never = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(v)) for v in arrays)) & False
-  return [jnp.where(never, jnp.zeros((), v.dtype), v) for v in arrays]
+  given = [v for v in arrays if v is not None]
+  never = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(v)) for v in given)) & False
+  return [v if v is None else jnp.where(never, jnp.zeros((), v.dtype), v) for v in arrays]
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -256,9 +282,13 @@ spatial_pools.defvjp(_spatial_pools_forward, _spatial_pools_backward)
 
 @jax.custom_vjp
 def gate_and_add(
-  x: jax.Array, scale: jax.Array, offset: jax.Array, gate: jax.Array, shortcut: jax.Array
+  x: jax.Array,
+  scale: jax.Array,
+  offset: jax.Array,
+  gate: jax.Array,
+  shortcut: jax.Array | None,
 ) -> jax.Array:
-  """`relu((x * scale + offset) * gate + shortcut)`.
+  """`relu((x * scale + offset) * gate + shortcut)`; without a shortcut, what is gated alone.
 
   Here alone positions are not one axis: `x` is (N, *spatial, C), `scale` and `offset`
   (N, 1, ..., C), `gate` (N, *spatial, 1).
@@ -270,24 +300,36 @@ def gate_and_add(
 
 
 def _gate_and_add(
-  x: jax.Array, scale: jax.Array, offset: jax.Array, gate: jax.Array, shortcut: jax.Array
+  x: jax.Array,
+  scale: jax.Array,
+  offset: jax.Array,
+  gate: jax.Array,
+  shortcut: jax.Array | None,
 ) -> jax.Array:
-  total = _wide(x) * (scale * gate) + (offset * gate + shortcut)
+  gated = _wide(x) * (scale * gate)
+  if shortcut is None:
+    return (gated + offset * gate).astype(x.dtype)
+  total = gated + (offset * gate + shortcut)
   # The barrier keeps XLA from keeping the wider sum as well, to spare the next block a rounding.
   return lax.optimization_barrier(nn.relu(total).astype(shortcut.dtype))
 
 
-def _gate_and_add_forward(*inputs: jax.Array) -> Any:
+def _gate_and_add_forward(
+  x: jax.Array,
+  scale: jax.Array,
+  offset: jax.Array,
+  gate: jax.Array,
+  shortcut: jax.Array | None,
+) -> Any:
   # Not by `gate_and_add`, whose cotangents are no derivatives: a second derivative comes by here.
-  out = _gate_and_add(*inputs)
-  x, scale, offset, gate, _ = inputs
-  return out, (x, scale, offset, gate, out)
+  out = _gate_and_add(x, scale, offset, gate, shortcut)
+  return out, (x, scale, offset, gate, None if shortcut is None else out)
 
 
 def _gate_and_add_backward(residuals: Any, d_out: jax.Array) -> Any:
-  x, scale, offset, gate, out = residuals
-  # Not `out > 0`, which XLA would ask of the sum before the ReLU, and keep that too.
-  du = jnp.where(out != 0, d_out, 0)
+  x, scale, offset, gate, sum_ = residuals
+  # Not `sum_ > 0`, which XLA would ask of the sum before the ReLU, and keep that too.
+  du = d_out if sum_ is None else jnp.where(sum_ != 0, d_out, 0)
   wide = _wide(du)
   d_gate = by_platform(wide, x, scale, offset, default=_gate_sum, cpu=_gate_products)
   return (
@@ -295,7 +337,7 @@ def _gate_and_add_backward(residuals: Any, d_out: jax.Array) -> Any:
     jnp.zeros_like(scale),
     jnp.zeros_like(offset),
     d_gate,
-    du,
+    None if sum_ is None else du,
   )
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from cbam_jax.errors import UserError
+from cbam_jax.errors import UserError, is_number, plain
 from cbam_jax.models.base import Classifier, LayerFactory, run_block
 
 
@@ -131,11 +131,12 @@ class MobileNetV1(Classifier):
   width: float = 1.0
 
   def __post_init__(self) -> None:
-    if not (isinstance(self.width, (int, float)) and 1 <= 32 * self.width < math.inf):
+    if not (is_number(self.width) and 1 <= 32 * self.width < math.inf):
       raise UserError(
         f'width is {self.width!r}; it must be a number of at least 1/32, to leave one of the 32 '
         'channels of the stem. The paper uses 1.0 and 0.7.'
       )
+    self.width = plain(self.width)
     super().__post_init__()
 
   @nn.compact

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from cbam_jax.errors import UserError, whole
+from cbam_jax.errors import UserError, is_number, plain, whole
 from cbam_jax.layers import max_pool
 from cbam_jax.models.base import Classifier, LayerFactory, finish_block, run_block
 
@@ -165,11 +165,12 @@ class ResNet(Classifier):
   stride_in_1x1: bool = False
 
   def __post_init__(self) -> None:
-    if not (isinstance(self.width, (int, float)) and 1 <= 64 * self.width < math.inf):
+    if not (is_number(self.width) and 1 <= 64 * self.width < math.inf):
       raise UserError(
         f'width is {self.width!r}; it must be a number of at least 1/64, to leave one of the 64 '
         'channels of the first stage. The paper uses 1.0, 1.5 and 2.0.'
       )
+    self.width = plain(self.width)
     if not isinstance(self.stage_sizes, (tuple, list)) or not self.stage_sizes:
       raise UserError(
         f'stage_sizes is {self.stage_sizes!r}; it must be the number of blocks of each stage, as '

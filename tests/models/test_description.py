@@ -7,6 +7,7 @@ import json
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cbam_jax import BAM, CBAM, UserError, create_model, list_models
@@ -66,6 +67,8 @@ def test_a_width_of_its_own():
   assert describe(model)['model'] == 'resnet18'
   assert describe(model)['fields'] == {'width': 0.25}
   assert describe(create_model('mobilenet_v1', width=0.7))['fields'] == {'width': 0.7}
+  of_numpy = describe(create_model('mobilenet_v1', width=np.float32(0.5)))['fields']['width']
+  assert (of_numpy, type(of_numpy)) == (0.5, float)
   odd = create_model('resnet34', stage_sizes=(1, 1))
   assert describe(odd)['fields'] == {'stage_sizes': [1, 1]}
   assert round_trip(odd).stage_sizes == (1, 1)

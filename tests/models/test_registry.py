@@ -206,7 +206,9 @@ def test_param_dtype_is_handed_to_the_attention(x64):
     (lambda: create_model('resnet18', stem='cifar10'), ["'cifar10'", "mean 'cifar'"]),
     (lambda: create_model('mobilenet_v1', width=0.01), ['0.01', 'at least 1/32', '0.7']),
     (lambda: create_model('mobilenet_v1', width='wide'), ["'wide'", 'at least 1/32', '0.7']),
+    (lambda: create_model('mobilenet_v1', width=True), ['width is True', 'at least 1/32']),
     (lambda: create_model('resnet18', width=0), ['is 0', 'at least 1/64', '1.5']),
+    (lambda: create_model('resnet18', width=np.complex64(2)), ['width is', 'at least 1/64']),
     (lambda: make('resnet18', 'bam', stage_attention=BAM), ['both', 'stage_attention', 'one of']),
     # A module instead of what makes one.
     (lambda: make('resnet18', CBAM()), ['CBAM', 'functools.partial']),
