@@ -143,18 +143,14 @@ class CBAM(nn.Module):
       UserError: On a wrong rank, an integer type, or an axis without extent.
     """
     check_feature_map('CBAM', x)
-    by_kernels = self.fusible and self._by_kernels(x)
     # Without gradients XLA makes as few passes of the definition, and quicker ones.
-    if (
-      by_kernels
-      or self.implementation == 'xla'
-      or (train and self.implementation == 'auto' and self.fusible)
-    ):
+    by_default = self.implementation == 'auto' and self.fusible and train
+    if by_default or self.implementation in ('xla', 'pallas'):
       return refine(
         x,
         self.channel.logits_of,
         functools.partial(self.spatial.logits_of, train=train),
-        pallas=by_kernels,
+        pallas=self._by_kernels(x),
       )
     if self.order == 'channel_first':
       return self.spatial(self.channel(x), train=train)

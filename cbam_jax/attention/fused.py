@@ -96,10 +96,11 @@ def refine_and_add(
   )
   pooled = (v * scale[:, 0] + offset[:, 0] for v in (mean, extreme))
   gate = nn.sigmoid(channel_logits(*pooled))[:, None]
-  scale, offset = scale * gate, offset * gate
+  flat, scale, offset, shortcut = _varying_alike(flat, scale * gate, offset * gate, shortcut)
   peak, mean, flat = spatial_pools(flat, scale, offset, pallas)
   maps = (n, *spatial, 1)
   gate = nn.sigmoid(spatial_logits(peak.reshape(maps), mean.reshape(maps)))
+  flat, scale, offset, gate, shortcut = _varying_alike(flat, scale, offset, gate, shortcut)
   scale, offset = (lax.expand_dims(v[:, 0], range(1, x.ndim - 1)) for v in (scale, offset))
   return gate_and_add(flat.reshape(x.shape), scale, offset, gate, shortcut)
 

@@ -132,6 +132,36 @@ def test_gradients_in_a_shard_map(x64):
   assert_close(gradients('xla'), gradients('plain'), 1e-10)
 
 
+@pytest.mark.usefixtures('eight_devices')
+@pytest.mark.parametrize('part', ['channel', 'spatial'])
+def test_members_on_their_own_devices(part, x64):
+  mesh = jax.make_mesh((8,), ('member',), axis_types=(jax.sharding.AxisType.Auto,))
+  x = random_features((2, 4, 3, 8))
+  variables = random_variables(make('plain'), x, train=False)
+  several = jax.tree.map(
+    lambda v: jnp.stack([i * v for i in range(1, 9)]), variables['params'][part]
+  )
+
+  def gradients(implementation):
+    @jax.jit
+    @functools.partial(
+      jax.shard_map, mesh=mesh, in_specs=PartitionSpec('member'), out_specs=PartitionSpec('member')
+    )
+    def by_device(own):
+      def total(own):
+        params = {**variables['params'], part: jax.tree.map(lambda v: v[0], own)}
+        y, _ = make(implementation).apply(
+          {**variables, 'params': params}, x, train=True, mutable=['batch_stats']
+        )
+        return jnp.sum(jnp.square(y))
+
+      return jax.grad(total)(own)
+
+    return by_device(several)
+
+  assert_close(gradients('auto'), gradients('plain'), 1e-10)
+
+
 def test_a_network_stores_less_than_by_the_definition():
   images = random_features((4, 64, 64, 3), dtype=np.float32)
 
