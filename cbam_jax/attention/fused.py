@@ -89,7 +89,6 @@ def refine_and_add(
   flat = _mapped_as(flat, sign)
   mean, square, extreme = channel_pools(flat, sign, train, pallas)
   scale, offset = affine(mean, square)
-  flat, scale, offset, shortcut = _varying_alike(flat, scale, offset, shortcut)
   # At once and not where each is used, so that their gradients are summed over the examples once.
   scale, offset = (
     jnp.broadcast_to(v.reshape(v.shape[0], 1, c), (n, 1, c)) for v in (scale, offset)
@@ -315,15 +314,10 @@ def _gate_and_add(
   return lax.optimization_barrier(nn.relu(total).astype(shortcut.dtype))
 
 
-def _gate_and_add_forward(
-  x: jax.Array,
-  scale: jax.Array,
-  offset: jax.Array,
-  gate: jax.Array,
-  shortcut: jax.Array | None,
-) -> Any:
+def _gate_and_add_forward(*inputs: Any) -> Any:
   # Not by `gate_and_add`, whose cotangents are no derivatives: a second derivative comes by here.
-  out = _gate_and_add(x, scale, offset, gate, shortcut)
+  out = _gate_and_add(*inputs)
+  x, scale, offset, gate, shortcut = inputs
   return out, (x, scale, offset, gate, None if shortcut is None else out)
 
 

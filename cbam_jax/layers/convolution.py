@@ -80,7 +80,8 @@ class Conv(nn.Module):
     strides: Step on every spatial axis.
     dilation: Distance between the taps of the kernel.
     groups: Groups of channels convolved apart; C for a depthwise convolution. On a CPU narrow
-      groups are computed together, and what is not finite reaches its neighbours.
+      groups are computed together, and what is not finite reaches its neighbours; of few channels
+      to one, at stride 1, all of its row.
     use_bias: Whether a bias is added.
     kernel_init: Initial value of the kernel.
     dtype: Computation type; None follows the input.

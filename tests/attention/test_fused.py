@@ -19,6 +19,7 @@ from cbam_jax.errors import UserError
 from cbam_jax.layers import BatchNorm
 from cbam_jax.models import ResNet
 from cbam_jax.models.base import finish_block
+from tests.attention.comparison import assert_close
 from tests.layers.random_variables import random_variables
 from tests.marks import first, first_rows
 
@@ -90,14 +91,6 @@ def outputs(ending, x, shortcut, train):
 
   gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
   return gradient(variables['params'], x, shortcut)
-
-
-def assert_close(actual, desired, tolerance):
-  def check(a, b):
-    a, b = (np.asarray(v, np.float64) for v in (a, b))
-    assert np.max(np.abs(a - b)) <= tolerance * max(np.max(np.abs(b)), 1e-3)
-
-  jax.tree.map(check, actual, desired)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from cbam_jax import CBAM, create_model
+from tests.attention.comparison import assert_close
 from tests.layers.random_variables import random_features, random_variables
 
 
@@ -28,14 +29,6 @@ def outputs(implementation, variables, x, train=True):
 
   gradient = jax.grad(total, argnums=(0, 1), has_aux=True)
   return jax.jit(gradient)(variables['params'], x)
-
-
-def assert_close(actual, desired, tolerance):
-  def check(a, b):
-    a, b = (np.asarray(v, np.float64) for v in (a, b))
-    assert np.max(np.abs(a - b)) <= tolerance * max(np.max(np.abs(b)), 1e-3)
-
-  jax.tree.map(check, actual, desired)
 
 
 @pytest.mark.parametrize(
