@@ -27,7 +27,7 @@ def cost(name: str, attention: str, batch: int, side: int, rounds: int) -> tuple
   """Median seconds of a train step, and MB of its temporary memory."""
   model = cbam_jax.create_model(name, attention=attention)
   images = jax.random.normal(jax.random.key(1), (batch, side, side, 3))
-  step, state, examples = train_step.make(model, images)
+  step, state, examples = train_step.make(model, images, options=cbam_jax.compiler_options())
   compiled = step.lower(state, examples).compile()
   seconds = []
   for _ in range(rounds + 1):

@@ -48,22 +48,24 @@ def compiled(
   step: str,
   values: Callable[[Callable[[], Any]], Any] = train_step.initial,
   repeats: int = 1,
+  options: dict[str, str] | None = None,
 ) -> tuple[Runner, jax.stages.Compiled]:
-  """A network of ours, with the values that `values` makes (see `train_step.make`).
+  """A network of ours, with the values that `values` makes and `options` (see `train_step.make`).
 
   It runs `repeats` steps, and waits for the last.
   """
   nhwc = jnp.asarray(images.transpose(0, 2, 3, 1))
   if step == 'forward':
     variables = values(lambda: model.init(jax.random.key(0), nhwc[:1], train=False))
-    forward = jax.jit(functools.partial(model.apply, train=False)).lower(variables, nhwc).compile()
+    jitted = jax.jit(functools.partial(model.apply, train=False), compiler_options=options)
+    forward = jitted.lower(variables, nhwc).compile()
 
     def infer() -> None:
       jax.block_until_ready([forward(variables, nhwc) for _ in range(repeats)])
 
     return infer, forward
 
-  step_function, state, batch = train_step.make(model, nhwc, values)
+  step_function, state, batch = train_step.make(model, nhwc, values, options)
   one_step = step_function.lower(state, batch).compile()
 
   def train() -> None:
@@ -76,8 +78,9 @@ def compiled(
 
 
 def ours(name: str, attention: str, images: np.ndarray, step: str) -> Runner:
-  """Our network."""
-  return compiled(cbam_jax.create_model(name, attention=attention), images, step)[0]
+  """Our network, compiled as `train.py` does."""
+  model = cbam_jax.create_model(name, attention=attention)
+  return compiled(model, images, step, options=cbam_jax.compiler_options())[0]
 
 
 def definition(name: str, attention: str, images: np.ndarray, step: str) -> Runner:

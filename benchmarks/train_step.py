@@ -18,11 +18,14 @@ def initial(make: Callable[[], Any]) -> Any:
 
 
 def make(
-  model: Classifier, images: jax.Array, values: Callable[[Callable[[], Any]], Any] = initial
+  model: Classifier,
+  images: jax.Array,
+  values: Callable[[Callable[[], Any]], Any] = initial,
+  options: dict[str, str] | None = None,
 ) -> tuple[Any, TrainState, dict[str, jax.Array]]:
   """The jitted step, which consumes its state, and a state and a batch of `images` for it.
 
-  `values` makes the state from the function that would.
+  `values` makes the state from the function that would; `options` are the compiler's.
   """
   optimizer = sgd(0.1)
   batch = {
@@ -30,6 +33,10 @@ def make(
     'label': jnp.arange(len(images)),
     'mask': jnp.ones(len(images), bool),
   }
-  step = jax.jit(make_train_step(model, optimizer, lambda x: x, lambda step: 0.1), donate_argnums=0)
+  step = jax.jit(
+    make_train_step(model, optimizer, lambda x: x, lambda step: 0.1),
+    donate_argnums=0,
+    compiler_options=options,
+  )
   key = jax.random.key(0)
   return step, values(lambda: create_state(model, optimizer, key, images.shape[1:])), batch

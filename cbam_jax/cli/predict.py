@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from cbam_jax.errors import RunError, UserError
 from cbam_jax.explain.reading import read_picture, shown
 from cbam_jax.explain.views import class_name
 from cbam_jax.interop.pretrained import Pretrained
+from cbam_jax.layers import compiler_options
 
 BATCH_SIZE = 16
 
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 def predictions(network: Pretrained, paths: list[Any], top: int) -> Iterator[dict[str, Any]]:
   """For each picture its 'image' and 'predictions', the most probable first; or an 'error'."""
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=compiler_options())
   def probabilities(variables: Any, images: jax.Array) -> jax.Array:
     logits: Any = network.model.apply(
       variables, network.preprocessing.normalize(images), train=False

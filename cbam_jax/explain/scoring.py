@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ from cbam_jax.errors import UserError, check_choice
 from cbam_jax.explain.reading import read_picture, shown
 from cbam_jax.explain.score import TOLERANCE, Score, score
 from cbam_jax.explain.views import BATCH_SIZE, METHODS, last_stage
+from cbam_jax.layers import compiler_options
 
 if TYPE_CHECKING:
   from cbam_jax.interop.pretrained import Pretrained
@@ -115,7 +117,7 @@ def _objects(
 def _compiled(network: Pretrained, stage: str, method: str) -> Any:
   """From variables, uint8 images and labels to class maps; at -1, of the likeliest class."""
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=compiler_options())
   def look(variables: Any, batch: jax.Array, labels: jax.Array) -> jax.Array:
     images = network.preprocessing.normalize(batch)
     if method == 'eigen_cam':  # which knows no classes

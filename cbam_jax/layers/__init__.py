@@ -3,7 +3,7 @@
 from cbam_jax.layers.batch_norm import BatchNorm
 from cbam_jax.layers.convolution import Conv
 from cbam_jax.layers.dtypes import Dtype, at_least_float32
-from cbam_jax.layers.platforms import any_platform, by_platform
+from cbam_jax.layers.platforms import any_platform, by_platform, compiler_options
 from cbam_jax.layers.pooling import max_over_axis, max_pool
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
   'any_platform',
   'at_least_float32',
   'by_platform',
+  'compiler_options',
   'max_over_axis',
   'max_pool',
 ]

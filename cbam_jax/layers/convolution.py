@@ -210,7 +210,11 @@ class Conv(nn.Module):
       on |= few_channels.faster(x, kernel, self.strides)
       if kernel_gradient.products_are_faster(x, kernel, self.strides):
         products = functools.partial(kernel_gradient.by_products, strides=self.strides)
+        convolved = on.get('cpu', by_xla)
         on['cpu'] = functools.partial(
-          kernel_gradient.with_kernel_gradient_of, convolve=by_xla, form=products
+          kernel_gradient.with_gradients_of,
+          convolve=convolved,
+          by_features=convolved,
+          by_kernel=products,
         )
     return by_platform(x, kernel, default=by_xla, **on)

@@ -2,11 +2,12 @@
 
 A GPU's matrix units take channels by eights. cuDNN pads the stem's three, and convolves CBAM's two
 maps without those units: either takes longer than the pass over memory that it is. A CPU convolves
-the two maps in plain loops.
+the two maps in plain loops, and a stem's three channels by a few of a vector's places.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,8 @@ import numpy as np
 from jax import lax
 
 FEW = 4
+# With more taps than these, a CPU is faster at stride 2.
+FEW_TAPS = 9
 # Beyond this width the products of `by_rows` cost more than they save.
 WIDEST = 128
 
@@ -35,7 +38,8 @@ def faster(
   if not fits or not all(isinstance(size, int) for size in x.shape[1:]):
     return {}
   if strides == 2:
-    return {'cuda': space_to_depth}
+    few_taps = math.prod(sides) <= FEW_TAPS
+    return dict.fromkeys(('cuda', 'cpu') if few_taps else ('cuda',), space_to_depth)
   if strides == features == 1 and x.shape[2] <= WIDEST:
     return {'cuda': by_rows, 'cpu': by_rows}
   return {}
@@ -53,21 +57,26 @@ def space_to_depth(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """
   n, height, width, c = x.shape
   *sides, _, features = kernel.shape
-  # A row and a column of zeros more make the kernel's sides even.
-  blocks = [(size + 1) // 2 + side // 2 for size, side in zip((height, width), sides, strict=True)]
-  padding = [
-    (side // 2, 2 * count - size - side // 2)
-    for size, side, count in zip((height, width), sides, blocks, strict=True)
-  ]
-  x = jnp.pad(x, [(0, 0), *padding, (0, FEW - c)])
-  x = x.reshape(n, blocks[0], 2, blocks[1], 2, FEW)
+  blocks = [(size + 1) // 2 for size in (height, width)]
+  x = jnp.pad(x, [(0, 0), (0, height % 2), (0, width % 2), (0, FEW - c)])
+  # An axis at a time, as meshes of explicit axes want it.
+  x = x.reshape(n, blocks[0], 2, 2 * blocks[1], FEW).reshape(n, blocks[0], 2, blocks[1], 2, FEW)
   x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, *blocks, 4 * FEW)
-  kernel = jnp.pad(kernel, [(0, 1), (0, 1), (0, FEW - c), (0, 0)])
+  # A side of 2k + 1, with zeros before it if k is odd and else after it, is k + 1 blocks.
+  zeros = [(side // 2 % 2, 1 - side // 2 % 2) for side in sides]
   halves = [(side + 1) // 2 for side in sides]
+  kernel = jnp.pad(kernel, [*zeros, (0, FEW - c), (0, 0)])
   kernel = kernel.reshape(halves[0], 2, halves[1], 2, FEW, features)
   kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(*halves, 4 * FEW, features)
+  before = [(side // 2 + 1) // 2 for side in sides]
+  padding = [(count, half - 1 - count) for count, half in zip(before, halves, strict=True)]
+  # A GPU pads as it moves the pixels; a CPU's compiler leaves it to the convolution.
   return lax.conv_general_dilated(
-    x, kernel, (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    jnp.pad(x, [(0, 0), *padding, (0, 0)]),
+    kernel,
+    (1, 1),
+    'VALID',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
   )
 
 

@@ -41,13 +41,16 @@ def faster(
   *sides, c, features = kernel.shape
   if c == 1 and features == groups and math.prod(sides) <= MOST_TAPS:
     by_itself = functools.partial(depthwise, strides=strides, dilation=dilation)
-    if dilation == 1 and kernel_gradient.has_rows(x, strides):
-      taps = functools.partial(kernel_gradient.by_taps, strides=strides)
-      return functools.partial(
-        kernel_gradient.with_kernel_gradient_of, convolve=by_itself, form=taps
-      )
     # Computed again for the gradient, which would else store a copy of the features for each tap.
-    return jax.checkpoint(by_itself)
+    by_kernel = jax.checkpoint(by_itself)
+    if dilation == 1 and kernel_gradient.has_rows(x, strides):
+      by_kernel = functools.partial(kernel_gradient.by_taps, strides=strides)
+    return functools.partial(
+      kernel_gradient.with_gradients_of,
+      convolve=by_itself,
+      by_features=functools.partial(depthwise_spread, strides=strides, dilation=dilation),
+      by_kernel=by_kernel,
+    )
   together = max(n for n in range(1, max(1, BLOCK // c) + 1) if groups % n == 0)
   if groups // together > MOST_BLOCKS:
     return None
@@ -82,6 +85,28 @@ def depthwise(x: jax.Array, kernel: jax.Array, strides: int, dilation: int) -> j
     )
     parts.append(padded[:, *window] * lax.expand_dims(kernel[*tap, 0], range(x.ndim - 1)))
   return functools.reduce(jnp.add, parts).astype(x.dtype)
+
+
+def depthwise_spread(x: jax.Array, kernel: jax.Array, strides: int, dilation: int) -> jax.Array:
+  """`depthwise` as a sum of what each element gives to those around it.
+
+  Its transpose reads one array at each tap, where that of `depthwise` adds up an array for each
+  tap, all of which XLA stores if more than one operation reads the sum.
+  """
+  *sides, _, _ = kernel.shape
+  dtype = at_least_float32(x.dtype)
+  kernel = kernel.astype(dtype)
+  parts = []
+  for tap in itertools.product(*map(range, sides)):
+    part = x.astype(dtype) * lax.expand_dims(kernel[*tap, 0], range(x.ndim - 1))
+    around = [(dilation * (side - 1 - i), dilation * i) for i, side in zip(tap, sides, strict=True)]
+    parts.append(jnp.pad(part, [(0, 0), *around, (0, 0)]))
+  y = functools.reduce(jnp.add, parts)
+  inside = (
+    slice(dilation * (side // 2), dilation * (side // 2) + size, strides)
+    for side, size in zip(sides, x.shape[1:-1], strict=True)
+  )
+  return y[:, *inside].astype(x.dtype)
 
 
 def by_blocks(

@@ -22,8 +22,8 @@ from cbam_jax.layers.dtypes import at_least_float32
 
 # Rows of the result at a time.
 ROWS = 2
-# Between so many features, and up to so many channels, products are faster than XLA's own.
-FEWEST, MOST = 32, 128
+# Of so few channels, between so many features, products are faster than XLA's own.
+FEW, LEAST, MOST = 4, 32, 128
 # What each tap reads stands apart in memory.
 MOST_TAPS = 64
 
@@ -40,24 +40,25 @@ def products_are_faster(x: jax.Array, kernel: jax.Array, strides: int) -> bool:
   """Whether `by_products` gives the gradient of a kernel (K, L, C, F) sooner than XLA does."""
   # In a narrower type, the sum over rows would be rounded at each turn.
   wide = x.dtype in (jnp.float32, jnp.float64)
-  few = x.shape[-1] <= MOST and math.prod(kernel.shape[:2]) <= MOST_TAPS
-  return has_rows(x, strides) and wide and few and FEWEST <= kernel.shape[-1] <= MOST
+  few = x.shape[-1] <= FEW and math.prod(kernel.shape[:2]) <= MOST_TAPS
+  return has_rows(x, strides) and wide and few and LEAST <= kernel.shape[-1] <= MOST
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def with_kernel_gradient_of(
-  x: jax.Array, kernel: jax.Array, convolve: Convolve, form: Convolve
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def with_gradients_of(
+  x: jax.Array, kernel: jax.Array, convolve: Convolve, by_features: Convolve, by_kernel: Convolve
 ) -> jax.Array:
-  """The convolution by `convolve`, with its derivative by the kernel taken of `form`.
+  """The convolution by `convolve`, with its derivatives taken of other forms.
 
-  The forms below are made for their transpose: forward mode, and gradients that are not compiled,
-  cost more than with XLA's own.
+  They are made for their transpose: forward mode, and gradients that are not compiled, cost more
+  than with XLA's own.
 
   Args:
     x: Features.
     kernel: Kernel.
     convolve: A convolution of features and kernel.
-    form: The same convolution in another form.
+    by_features: The same in the form of which the derivative by the features is taken.
+    by_kernel: The same in the form of which the derivative by the kernel is taken.
 
   Returns:
     What `convolve` gives.
@@ -65,17 +66,21 @@ def with_kernel_gradient_of(
   return convolve(x, kernel)
 
 
-@functools.partial(with_kernel_gradient_of.defjvp, symbolic_zeros=True)
+@functools.partial(with_gradients_of.defjvp, symbolic_zeros=True)
 def _jvp(
-  convolve: Convolve, form: Convolve, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+  convolve: Convolve,
+  by_features: Convolve,
+  by_kernel: Convolve,
+  primals: tuple[Any, ...],
+  tangents: tuple[Any, ...],
 ) -> tuple[jax.Array, jax.Array]:
   (x, kernel), (x_dot, kernel_dot) = primals, tangents
   y = convolve(x, kernel)
   y_dot = jnp.zeros_like(y)
   if not isinstance(x_dot, SymbolicZero):
-    y_dot += convolve(x_dot, kernel)
+    y_dot += by_features(x_dot, kernel)
   if not isinstance(kernel_dot, SymbolicZero):
-    y_dot += form(x, kernel_dot)
+    y_dot += by_kernel(x, kernel_dot)
   return y, y_dot
 
 

@@ -16,6 +16,7 @@ from cbam_jax.data import Batch, Source, eval_batches, open_source
 from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.data.transforms import Transform, decode, train_transform
 from cbam_jax.errors import UserError, first_line
+from cbam_jax.layers import compiler_options
 from cbam_jax.training.config import build_model, validate
 from cbam_jax.training.initial import Initial, put_into, read_initial
 from cbam_jax.training.keys import MOST, shown
@@ -247,6 +248,7 @@ class Experiment:
       in_shardings=(self._state_shardings, split_over_devices(self.mesh)),
       out_shardings=(self._state_shardings, replicated(self.mesh)),
       donate_argnums=0,
+      compiler_options=compiler_options(),
     )
 
   @functools.cached_property
@@ -256,6 +258,7 @@ class Experiment:
       make_eval_step(self.model, self.preprocessing.normalize, self._gather),
       in_shardings=(variables, split_over_devices(self.mesh)),
       out_shardings=replicated(self.mesh),
+      compiler_options=compiler_options(),
     )
 
   def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

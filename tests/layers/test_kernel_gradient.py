@@ -40,7 +40,7 @@ def layer(request, x64):
   """A convolution that has its kernel's gradient in another form, with variables and features."""
   strides, groups = request.param
   conv = Conv(32, (3, 3), strides, groups=groups, param_dtype=jnp.float64)
-  x = random_features((2, 16, 5, 32))
+  x = random_features((2, 16, 5, max(4, groups)))
   variables = random_variables(conv, x)
   assert 'scan' in str(jax.make_jaxpr(jax.grad(lambda v: conv.apply(v, x).sum()))(variables))
   return conv, variables, x
@@ -124,11 +124,18 @@ def test_what_the_taps_read_is_not_stored(layer):
 
 
 @pytest.mark.parametrize(
-  'changed', [{'dilation': 2}, {'features': 16}, {'features': 160}, {'dtype': jnp.bfloat16}]
+  ('channels', 'changed'),
+  [
+    (3, {'dilation': 2}),
+    (3, {'features': 16}),
+    (3, {'features': 160}),
+    (3, {'dtype': jnp.bfloat16}),
+    (5, {}),
+  ],
 )
-def test_others_are_left_to_xla(changed):
+def test_others_are_left_to_xla(channels, changed):
   conv = Conv(**{'features': 64, 'kernel_size': (3, 3)} | changed)
-  x = jnp.ones((1, 16, 16, 64))
+  x = jnp.ones((1, 16, 16, channels))
   variables = random_variables(conv, x)
   gradient = jax.grad(lambda v: conv.apply(v, x).astype(jnp.float32).sum())
   assert 'scan' not in str(jax.make_jaxpr(gradient)(variables))
