@@ -1,8 +1,9 @@
 """The convolutions of a network alone, and their gradients, beside PyTorch's on the same CPU.
 
 Their sum is a floor for the network's forward pass, and with the gradients for its train step:
-normalisation, attention and everything else comes on top. "XLA" is each convolution as XLA has it,
-with a 1x1 as such; `--skip XLA` leaves it out, whose gradients for ResNeXt take seconds each.
+normalisation, attention and everything else comes on top. "XLA" is each convolution as XLA has it
+by default, with a 1x1 as such; `--skip XLA` leaves it out, whose gradients for ResNeXt take seconds
+each.
 
   pip install 'cbam-jax[train,bench]'
   python benchmarks/convolutions.py [--network resnet50]
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from models import Runner, measure
 
-from cbam_jax.layers import Conv, any_platform
+from cbam_jax.layers import Conv, any_platform, compiler_options
 
 # Side of the input over that of the image, kernel, stride, channels in and out, groups.
 Layer = tuple[int, int, int, int, int, int]
@@ -90,10 +91,11 @@ def in_jax(
     return jax.vjp(forward, x, kernel)[1](dy)
 
   inputs = jnp.asarray(x), jnp.asarray(kernel)
+  compiled = functools.partial(jax.jit, compiler_options=None if plain else compiler_options())
   with any_platform() if plain else contextlib.nullcontext():
-    run = jax.jit(forward).lower(*inputs).compile()
+    run = compiled(forward).lower(*inputs).compile()
     dy = run(*inputs)
-    run_back = jax.jit(gradients).lower(*inputs, dy).compile()
+    run_back = compiled(gradients).lower(*inputs, dy).compile()
   return {
     'forward': lambda: jax.block_until_ready(run(*inputs)),
     'gradients': lambda: jax.block_until_ready(run_back(*inputs, dy)),

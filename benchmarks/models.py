@@ -84,7 +84,7 @@ def ours(name: str, attention: str, images: np.ndarray, step: str) -> Runner:
 
 
 def definition(name: str, attention: str, images: np.ndarray, step: str) -> Runner:
-  """Our network as plain linen: nothing fused, and convolutions as XLA has them."""
+  """Our network as plain linen: nothing fused, and compiled as by default."""
 
   def plain(name: str) -> cbam_jax.CBAM:
     return cbam_jax.CBAM(implementation='plain', name=name)

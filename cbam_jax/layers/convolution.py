@@ -81,7 +81,7 @@ class Conv(nn.Module):
     dilation: Distance between the taps of the kernel.
     groups: Groups of channels convolved apart; C for a depthwise convolution. On a CPU narrow
       groups are computed together, and what is not finite reaches its neighbours; of few channels
-      to one, at stride 1, all of its row.
+      to one, at stride 1, all of its row, and at stride 2 a place further than the kernel.
     use_bias: Whether a bias is added.
     kernel_init: Initial value of the kernel.
     dtype: Computation type; None follows the input.

@@ -2,7 +2,7 @@
 
 A GPU's matrix units take channels by eights. cuDNN pads the stem's three, and convolves CBAM's two
 maps without those units: either takes longer than the pass over memory that it is. A CPU convolves
-the two maps in plain loops, and a stem's three channels by a few of a vector's places.
+the two maps in plain loops, and fills few lanes of a vector with a stem's three channels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 FEW = 4
-# With more taps than these, a CPU is faster at stride 2.
+# Of so many taps at the most, `space_to_depth` is faster on a CPU too.
 FEW_TAPS = 9
 # Beyond this width the products of `by_rows` cost more than they save.
 WIDEST = 128
@@ -47,6 +47,8 @@ def faster(
 
 def space_to_depth(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """The convolution at stride 2, each 2x2 pixels as one of four times the channels, at stride 1.
+
+  What is not finite reaches a place further than the kernel.
 
   Args:
     x: (N, H, W, C), C at most `FEW`.

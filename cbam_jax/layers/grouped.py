@@ -70,10 +70,6 @@ def depthwise(x: jax.Array, kernel: jax.Array, strides: int, dilation: int) -> j
     (N, *ceil(spatial / strides), C).
   """
   *sides, _, _ = kernel.shape
-  # Up to the last that a step reaches, for sizes that are no numbers to come out as XLA's.
-  read = [
-    size if isinstance(size, int) else (size - 1) // strides * strides + 1 for size in x.shape[1:-1]
-  ]
   padding = [(0, 0), *((dilation * (side // 2),) * 2 for side in sides), (0, 0)]
   dtype = at_least_float32(x.dtype)
   padded = jnp.pad(x, padding).astype(dtype)
@@ -81,10 +77,18 @@ def depthwise(x: jax.Array, kernel: jax.Array, strides: int, dilation: int) -> j
   parts = []
   for tap in itertools.product(*map(range, sides)):
     window = tuple(
-      slice(dilation * i, dilation * i + size, strides) for i, size in zip(tap, read, strict=True)
+      slice(dilation * i, dilation * i + size, strides)
+      for i, size in zip(tap, _read(x, strides), strict=True)
     )
     parts.append(padded[:, *window] * lax.expand_dims(kernel[*tap, 0], range(x.ndim - 1)))
   return functools.reduce(jnp.add, parts).astype(x.dtype)
+
+
+def _read(x: jax.Array, strides: int) -> list[int]:
+  """Sizes up to the last place that a step reaches, if no numbers, to come out as XLA's."""
+  return [
+    size if isinstance(size, int) else (size - 1) // strides * strides + 1 for size in x.shape[1:-1]
+  ]
 
 
 def depthwise_spread(x: jax.Array, kernel: jax.Array, strides: int, dilation: int) -> jax.Array:
@@ -95,16 +99,16 @@ def depthwise_spread(x: jax.Array, kernel: jax.Array, strides: int, dilation: in
   """
   *sides, _, _ = kernel.shape
   dtype = at_least_float32(x.dtype)
-  kernel = kernel.astype(dtype)
+  wide, kernel = x.astype(dtype), kernel.astype(dtype)
   parts = []
   for tap in itertools.product(*map(range, sides)):
-    part = x.astype(dtype) * lax.expand_dims(kernel[*tap, 0], range(x.ndim - 1))
+    part = wide * lax.expand_dims(kernel[*tap, 0], range(x.ndim - 1))
     around = [(dilation * (side - 1 - i), dilation * i) for i, side in zip(tap, sides, strict=True)]
     parts.append(jnp.pad(part, [(0, 0), *around, (0, 0)]))
   y = functools.reduce(jnp.add, parts)
   inside = (
     slice(dilation * (side // 2), dilation * (side // 2) + size, strides)
-    for side, size in zip(sides, x.shape[1:-1], strict=True)
+    for side, size in zip(sides, _read(x, strides), strict=True)
   )
   return y[:, *inside].astype(x.dtype)
 

@@ -22,8 +22,8 @@ from cbam_jax.layers.dtypes import at_least_float32
 
 # Rows of the result at a time.
 ROWS = 2
-# Of so few channels, between so many features, products are faster than XLA's own.
-FEW, LEAST, MOST = 4, 32, 128
+# Of so few channels, and between so many features, products are faster than XLA's own.
+FEW_CHANNELS, FEWEST_FEATURES, MOST_FEATURES = 4, 32, 128
 # What each tap reads stands apart in memory.
 MOST_TAPS = 64
 
@@ -40,8 +40,9 @@ def products_are_faster(x: jax.Array, kernel: jax.Array, strides: int) -> bool:
   """Whether `by_products` gives the gradient of a kernel (K, L, C, F) sooner than XLA does."""
   # In a narrower type, the sum over rows would be rounded at each turn.
   wide = x.dtype in (jnp.float32, jnp.float64)
-  few = x.shape[-1] <= FEW and math.prod(kernel.shape[:2]) <= MOST_TAPS
-  return has_rows(x, strides) and wide and few and LEAST <= kernel.shape[-1] <= MOST
+  few = x.shape[-1] <= FEW_CHANNELS and math.prod(kernel.shape[:2]) <= MOST_TAPS
+  fitting = FEWEST_FEATURES <= kernel.shape[-1] <= MOST_FEATURES
+  return has_rows(x, strides) and wide and few and fitting
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
@@ -76,12 +77,12 @@ def _jvp(
 ) -> tuple[jax.Array, jax.Array]:
   (x, kernel), (x_dot, kernel_dot) = primals, tangents
   y = convolve(x, kernel)
-  y_dot = jnp.zeros_like(y)
+  parts = []
   if not isinstance(x_dot, SymbolicZero):
-    y_dot += by_features(x_dot, kernel)
+    parts.append(by_features(x_dot, kernel))
   if not isinstance(kernel_dot, SymbolicZero):
-    y_dot += by_kernel(x, kernel_dot)
-  return y, y_dot
+    parts.append(by_kernel(x, kernel_dot))
+  return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 
 
 def by_products(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 _portable = ContextVar('portable', default=False)
 
-# What XLA gives to YNNPACK by itself, without convolutions.
-_ON_CPU = {
-  'xla_cpu_experimental_ynn_fusion_type': (
-    'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE'
-  )
-}
+# All that XLA gives to YNNPACK by itself but convolutions.
+_YNNPACK = 'xla_cpu_experimental_ynn_fusion_type'
+_ON_CPU = {_YNNPACK: 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE'}
 
 
 def by_platform(
@@ -44,20 +43,29 @@ def any_platform() -> Iterator[None]:
 def compiler_options() -> dict[str, str] | None:
   """How to compile a network: `jax.jit(f, compiler_options=cbam_jax.compiler_options())`.
 
-  On a CPU, XLA gives convolutions to YNNPACK, which takes longer for nearly all of those here than
-  XLA's own do, and for some gradients twice as long.
+  On a CPU, recent releases of XLA give convolutions to YNNPACK, which takes longer for nearly all
+  of those here than XLA's own do, and for some gradients twice as long.
+
+  JAX takes options at the outermost `jit` alone. To ask for them starts its backend: not before
+  `jax.distributed.initialize`.
 
   Returns:
-    Options for JAX's default backend; None if there are none for it, or if this release of XLA does
-    not know them.
+    Options for JAX's default backend; None where XLA needs none, knows none, or was told by
+    XLA_FLAGS what to give to YNNPACK.
   """
-  return dict(_ON_CPU) if jax.default_backend() == 'cpu' and _known(*_ON_CPU.items()) else None
+  told = _YNNPACK in os.environ.get('XLA_FLAGS', '')
+  pays = jax.default_backend() == 'cpu' and not told and _gives_convolutions_away()
+  return dict(_ON_CPU) if pays else None
 
 
 @functools.cache
-def _known(*options: tuple[str, str]) -> bool:
-  try:
-    jax.jit(lambda: 0, compiler_options=dict(options)).lower().compile()
-  except jax.errors.JaxRuntimeError:
-    return False
-  return True
+def _gives_convolutions_away() -> bool:
+  """Whether YNNPACK computes convolutions, unless XLA is told otherwise."""
+  inputs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 8, 8, 32), (3, 3, 32, 32)))
+  layout = 'NHWC', 'HWIO', 'NHWC'
+
+  def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=layout)
+
+  lowered = jax.jit(convolve).lower(*inputs)
+  return '__ynn_fusion' in (lowered.compile().as_text() or '')

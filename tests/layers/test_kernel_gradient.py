@@ -35,7 +35,7 @@ def test_forms(form, channels, size, sides, strides, x64):
   jax.tree.map(assert_allclose, both(form), both(by_xla))
 
 
-@pytest.fixture(params=[(2, 1), (1, 32)], ids=['strides', 'depthwise'])
+@pytest.fixture(params=[(2, 1), (1, 1), (1, 32)], ids=['strides', 'no strides', 'depthwise'])
 def layer(request, x64):
   """A convolution that has its kernel's gradient in another form, with variables and features."""
   strides, groups = request.param
