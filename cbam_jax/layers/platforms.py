@@ -14,8 +14,8 @@ from jax import lax
 
 _portable = ContextVar('portable', default=False)
 
-# All that XLA gives to YNNPACK by itself but convolutions.
 _YNNPACK = 'xla_cpu_experimental_ynn_fusion_type'
+# All that XLA gives to YNNPACK by itself but convolutions.
 _ON_CPU = {_YNNPACK: 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE'}
 
 
@@ -54,13 +54,13 @@ def compiler_options() -> dict[str, str] | None:
     XLA_FLAGS what to give to YNNPACK.
   """
   told = _YNNPACK in os.environ.get('XLA_FLAGS', '')
-  pays = jax.default_backend() == 'cpu' and not told and _gives_convolutions_away()
+  pays = jax.default_backend() == 'cpu' and not told and _takes_convolutions_back()
   return dict(_ON_CPU) if pays else None
 
 
 @functools.cache
-def _gives_convolutions_away() -> bool:
-  """Whether YNNPACK computes convolutions, unless XLA is told otherwise."""
+def _takes_convolutions_back() -> bool:
+  """Whether XLA gives convolutions to YNNPACK by itself, and knows our options."""
   inputs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 8, 8, 32), (3, 3, 32, 32)))
   layout = 'NHWC', 'HWIO', 'NHWC'
 
@@ -68,4 +68,8 @@ def _gives_convolutions_away() -> bool:
     return lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=layout)
 
   lowered = jax.jit(convolve).lower(*inputs)
+  try:
+    lowered.compile(_ON_CPU)
+  except jax.errors.JaxRuntimeError:
+    return False
   return '__ynn_fusion' in (lowered.compile().as_text() or '')

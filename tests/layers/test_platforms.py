@@ -25,8 +25,22 @@ def test_a_cpus_convolutions_are_not_left_to_a_library():
   assert 'xla_cpu_unheard_of' not in cbam_jax.compiler_options()
 
 
+@pytest.fixture
+def _asked_anew():
+  platforms._takes_convolutions_back.cache_clear()
+  yield
+  platforms._takes_convolutions_back.cache_clear()
+
+
+@pytest.mark.usefixtures('_asked_anew')
+def test_no_options_that_xla_does_not_know(monkeypatch):
+  monkeypatch.setattr(platforms, '_ON_CPU', {'xla_cpu_unheard_of': '1'})
+  assert cbam_jax.compiler_options() is None
+
+
+@pytest.mark.usefixtures('_asked_anew')
 def test_no_options_where_xla_needs_none(monkeypatch):
-  monkeypatch.setattr(platforms, '_gives_convolutions_away', lambda: False)
+  monkeypatch.setattr(jax.stages.Compiled, 'as_text', lambda _: 'all by itself')
   assert cbam_jax.compiler_options() is None
 
 
