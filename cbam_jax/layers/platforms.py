@@ -69,7 +69,7 @@ def _takes_convolutions_back() -> bool:
 
   lowered = jax.jit(convolve).lower(*inputs)
   try:
-    lowered.compile(_ON_CPU)
+    lowered.compile({**_ON_CPU})
   except jax.errors.JaxRuntimeError:
     return False
   return '__ynn_fusion' in (lowered.compile().as_text() or '')
