@@ -80,8 +80,9 @@ class Conv(nn.Module):
     strides: Step on every spatial axis.
     dilation: Distance between the taps of the kernel.
     groups: Groups of channels convolved apart; C for a depthwise convolution. On a CPU narrow
-      groups are computed together, and what is not finite reaches its neighbours; of few channels
-      to one, at stride 1, all of its row, and at stride 2 a place further than the kernel.
+      groups are computed together, and what is not finite reaches its neighbours. Without groups,
+      of few channels, it may reach all of its row (to one feature at stride 1) or a place further
+      than the kernel (at stride 2).
     use_bias: Whether a bias is added.
     kernel_init: Initial value of the kernel.
     dtype: Computation type; None follows the input.

@@ -74,11 +74,11 @@ def depthwise(x: jax.Array, kernel: jax.Array, strides: int, dilation: int) -> j
   dtype = at_least_float32(x.dtype)
   padded = jnp.pad(x, padding).astype(dtype)
   kernel = kernel.astype(dtype)
+  read = _read(x, strides)
   parts = []
   for tap in itertools.product(*map(range, sides)):
     window = tuple(
-      slice(dilation * i, dilation * i + size, strides)
-      for i, size in zip(tap, _read(x, strides), strict=True)
+      slice(dilation * i, dilation * i + size, strides) for i, size in zip(tap, read, strict=True)
     )
     parts.append(padded[:, *window] * lax.expand_dims(kernel[*tap, 0], range(x.ndim - 1)))
   return functools.reduce(jnp.add, parts).astype(x.dtype)

@@ -1,8 +1,8 @@
-"""Convolutions whose gradient by the kernel is computed in another form than XLA's, for a CPU.
+"""Convolutions whose gradients are computed in another form than XLA's, for a CPU.
 
-XLA convolves the features, transposed, with the gradient of what comes out, and reaches a fifth of
-the rate of a matrix product where the channels are few. The forms here are convolutions, a few rows
-at a time, of which JAX derives the gradient.
+For that by the kernel, XLA convolves the features, transposed, with the gradient of what comes out,
+and reaches a fifth of the rate of a matrix product where the channels are few. The forms here are
+convolutions, a few rows at a time, of which JAX derives the gradient.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from tests.marks import first
 
 
 @pytest.mark.parametrize('channels', [1, 3, 4])
-@pytest.mark.parametrize('sides', [(3, 3), (7, 7), (5, 1)])
+@pytest.mark.parametrize('sides', [(3, 3), (7, 7), (5, 3), (5, 1)])
 @pytest.mark.parametrize('size', first(1, [(9, 12), (8, 8), (7, 11)]))
 def test_space_to_depth(size, sides, channels, x64):
   x, kernel = random_features((2, *size, channels)), random_features((*sides, channels, 6))
