@@ -49,16 +49,20 @@ def compiled(
   values: Callable[[Callable[[], Any]], Any] = train_step.initial,
   repeats: int = 1,
   options: dict[str, str] | None = None,
+  in_parts: Callable[..., Any] = cbam_jax.in_parts,
 ) -> tuple[Runner, jax.stages.Compiled]:
   """A network of ours, with the values that `values` makes and `options` (see `train_step.make`).
 
-  It runs `repeats` steps, and waits for the last.
+  It runs `repeats` steps, and waits for the last; a forward pass by `in_parts`.
   """
   nhwc = jnp.asarray(images.transpose(0, 2, 3, 1))
   if step == 'forward':
     variables = values(lambda: model.init(jax.random.key(0), nhwc[:1], train=False))
-    jitted = jax.jit(functools.partial(model.apply, train=False), compiler_options=options)
-    forward = jitted.lower(variables, nhwc).compile()
+
+    def apply(variables: Any, images: jax.Array) -> jax.Array:
+      return in_parts(functools.partial(model.apply, variables, train=False), images)
+
+    forward = jax.jit(apply, compiler_options=options).lower(variables, nhwc).compile()
 
     def infer() -> None:
       jax.block_until_ready([forward(variables, nhwc) for _ in range(repeats)])
@@ -78,20 +82,20 @@ def compiled(
 
 
 def ours(name: str, attention: str, images: np.ndarray, step: str) -> Runner:
-  """Our network, compiled as `train.py` does."""
+  """Our network, as `train.py` and `evaluate` compile and call it."""
   model = cbam_jax.create_model(name, attention=attention)
   return compiled(model, images, step, options=cbam_jax.compiler_options())[0]
 
 
 def definition(name: str, attention: str, images: np.ndarray, step: str) -> Runner:
-  """Our network as plain linen: nothing fused, and compiled as by default."""
+  """Our network as plain linen: nothing fused, called whole, and compiled as by default."""
 
   def plain(name: str) -> cbam_jax.CBAM:
     return cbam_jax.CBAM(implementation='plain', name=name)
 
   model = cbam_jax.create_model(name, attention=plain if attention == 'cbam' else attention)
   with any_platform():
-    return compiled(model, images, step)[0]
+    return compiled(model, images, step, in_parts=lambda function, images: function(images))[0]
 
 
 def pytorch(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from cbam_jax.attention import BAM, CBAM, ChannelAttention, SpatialAttention, SqueezeExcitation
 from cbam_jax.errors import UserError
 from cbam_jax.interop import from_torch, load_state_dict, to_torch
-from cbam_jax.layers import compiler_options
+from cbam_jax.layers import compiler_options, in_parts
 from cbam_jax.models import Summary, create_model, list_models, summary
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
   'from_pretrained',
   'from_torch',
   'graft',
+  'in_parts',
   'list_models',
   'load_state_dict',
   'save_pretrained',

@@ -17,7 +17,7 @@ from cbam_jax.errors import RunError, UserError
 from cbam_jax.explain.reading import read_picture, shown
 from cbam_jax.explain.views import class_name
 from cbam_jax.interop.pretrained import Pretrained
-from cbam_jax.layers import compiler_options
+from cbam_jax.layers import compiler_options, in_parts
 
 BATCH_SIZE = 16
 
@@ -53,10 +53,12 @@ def predictions(network: Pretrained, paths: list[Any], top: int) -> Iterator[dic
 
   @functools.partial(jax.jit, compiler_options=compiler_options())
   def probabilities(variables: Any, images: jax.Array) -> jax.Array:
-    logits: Any = network.model.apply(
-      variables, network.preprocessing.normalize(images), train=False
-    )
-    return jax.nn.softmax(logits)
+    def classify(images: jax.Array) -> jax.Array:
+      seen = network.preprocessing.normalize(images)
+      logits: Any = network.model.apply(variables, seen, train=False)
+      return jax.nn.softmax(logits)
+
+    return in_parts(classify, images)
 
   for start in range(0, len(paths), BATCH_SIZE):
     pictures = [read_picture(p, network.preprocessing) for p in paths[start : start + BATCH_SIZE]]

@@ -17,7 +17,7 @@ from cbam_jax.errors import UserError, check_choice
 from cbam_jax.explain.reading import read_picture, shown
 from cbam_jax.explain.score import TOLERANCE, Score, score
 from cbam_jax.explain.views import BATCH_SIZE, METHODS, last_stage
-from cbam_jax.layers import compiler_options
+from cbam_jax.layers import compiler_options, in_parts
 
 if TYPE_CHECKING:
   from cbam_jax.interop.pretrained import Pretrained
@@ -117,7 +117,6 @@ def _objects(
 def _compiled(network: Pretrained, stage: str, method: str) -> Any:
   """From variables, uint8 images and labels to class maps; at -1, of the likeliest class."""
 
-  @functools.partial(jax.jit, compiler_options=compiler_options())
   def look(variables: Any, batch: jax.Array, labels: jax.Array) -> jax.Array:
     images = network.preprocessing.normalize(batch)
     if method == 'eigen_cam':  # which knows no classes
@@ -126,4 +125,8 @@ def _compiled(network: Pretrained, stage: str, method: str) -> Any:
     classes = jnp.where(labels < 0, jnp.argmax(logits, -1), labels)
     return METHODS[method](network.model, variables, images, classes, stage=stage)
 
-  return look
+  @functools.partial(jax.jit, compiler_options=compiler_options())
+  def look_at_all(variables: Any, batch: jax.Array, labels: jax.Array) -> jax.Array:
+    return in_parts(functools.partial(look, variables), batch, labels)
+
+  return look_at_all

@@ -14,7 +14,7 @@ import numpy as np
 from cbam_jax.errors import UserError, check_choice
 from cbam_jax.explain.cams import eigen_cam, grad_cam, grad_cam_plus_plus
 from cbam_jax.explain.maps import attention_maps
-from cbam_jax.layers import compiler_options
+from cbam_jax.layers import compiler_options, in_parts
 
 if TYPE_CHECKING:
   from cbam_jax.interop.pretrained import Pretrained
@@ -107,9 +107,11 @@ def view(
   classes = network.model.num_classes
   if chosen is not None and not 0 <= chosen < classes:
     raise UserError(f'the class is {chosen}; {title} has classes 0 to {classes - 1}.')
-  look = jax.jit(
-    functools.partial(_look, network, stage, method, chosen), compiler_options=compiler_options()
-  )
+
+  @functools.partial(jax.jit, compiler_options=compiler_options())
+  def look(variables: Any, batch: jax.Array) -> dict[str, Any]:
+    return in_parts(functools.partial(_look, network, stage, method, chosen, variables), batch)
+
   for start in range(0, len(images), BATCH_SIZE):
     some = images[start : start + BATCH_SIZE]
     size = BATCH_SIZE if len(images) > 1 else 1

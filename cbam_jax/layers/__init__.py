@@ -3,6 +3,7 @@
 from cbam_jax.layers.batch_norm import BatchNorm
 from cbam_jax.layers.convolution import Conv
 from cbam_jax.layers.dtypes import Dtype, at_least_float32
+from cbam_jax.layers.parts import in_parts
 from cbam_jax.layers.platforms import any_platform, by_platform, compiler_options
 from cbam_jax.layers.pooling import max_over_axis, max_pool
 
@@ -14,6 +15,7 @@ __all__ = [
   'at_least_float32',
   'by_platform',
   'compiler_options',
+  'in_parts',
   'max_over_axis',
   'max_pool',
 ]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbam_jax.errors import ChannelsError, UserError, check_dtypes, whole
-from cbam_jax.layers import few_channels, grouped, kernel_gradient
+from cbam_jax.layers import few_channels, gradients, grouped
 from cbam_jax.layers.batch_norm import BatchNorm
 from cbam_jax.layers.dtypes import Dtype
 from cbam_jax.layers.platforms import by_platform
@@ -22,7 +22,12 @@ kaiming_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 def convolve(
-  x: jax.Array, kernel: jax.Array, strides: int = 1, dilation: int = 1, groups: int = 1
+  x: jax.Array,
+  kernel: jax.Array,
+  strides: int = 1,
+  dilation: int = 1,
+  groups: int = 1,
+  axes: tuple[str, str, str] = ('N*C', '*IO', 'N*C'),
 ) -> jax.Array:
   """XLA's convolution, each side padded by `dilation * (kernel - 1) // 2`.
 
@@ -32,19 +37,22 @@ def convolve(
     strides: Step on every spatial axis.
     dilation: Distance between the taps of the kernel.
     groups: Groups of channels convolved apart.
+    axes: The order of the axes of `x`, `kernel` and the result, the spatial ones a star.
 
   Returns:
     (N, *ceil(spatial / strides), F).
   """
-  *sides, _, _ = kernel.shape
-  letters = 'DHW'[3 - len(sides) :]
+  letters = 'DHW'[5 - kernel.ndim :]
+  of_x, of_kernel, of_result = (order.replace('*', letters) for order in axes)
+  first = axes[1].index('*')
+  sides = kernel.shape[first : first + len(letters)]
   return lax.conv_general_dilated(
     x,
     kernel,
     window_strides=(strides,) * len(sides),
     padding=[(dilation * (side - 1) // 2,) * 2 for side in sides],
     rhs_dilation=(dilation,) * len(sides),
-    dimension_numbers=(f'N{letters}C', f'{letters}IO', f'N{letters}C'),
+    dimension_numbers=(of_x, of_kernel, of_result),
     feature_group_count=groups,
   )
 
@@ -200,22 +208,21 @@ class Conv(nn.Module):
     by_xla = functools.partial(ungrouped, groups=self.groups)
     on: dict[str, Callable[..., jax.Array]] = {}
     if self.groups > 1:
-      on_cpu = grouped.faster(x, kernel, self.groups, ungrouped, self.strides, self.dilation)
+      block = functools.partial(gradients.with_gradients_of, **gradients.in_order(ungrouped))
+      on_cpu = grouped.faster(x, kernel, self.groups, block, self.strides, self.dilation)
       if on_cpu:
         on['cpu'] = on_cpu
     elif all(size == 1 for size in self.kernel_size):
       # XLA's CPU convolution runs a 1x1 several times slower than the same matrix product. On a GPU
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
       on['cpu'] = functools.partial(pointwise, strides=self.strides)
-    elif self.dilation == 1:
-      on |= few_channels.faster(x, kernel, self.strides)
-      if kernel_gradient.products_are_faster(x, kernel, self.strides):
-        products = functools.partial(kernel_gradient.by_products, strides=self.strides)
-        convolved = on.get('cpu', by_xla)
-        on['cpu'] = functools.partial(
-          kernel_gradient.with_gradients_of,
-          convolve=convolved,
-          by_features=convolved,
-          by_kernel=products,
-        )
+    else:
+      forms = gradients.in_order(ungrouped)
+      if self.dilation == 1:
+        on |= few_channels.faster(x, kernel, self.strides)
+        if 'cpu' in on:
+          forms = dict.fromkeys(forms, on['cpu'])
+        if gradients.products_are_faster(x, kernel, self.strides):
+          forms['by_kernel'] = functools.partial(gradients.by_products, strides=self.strides)
+      on['cpu'] = functools.partial(gradients.with_gradients_of, **forms)
     return by_platform(x, kernel, default=by_xla, **on)

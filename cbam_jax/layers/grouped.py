@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbam_jax.layers import kernel_gradient
+from cbam_jax.layers import gradients
 from cbam_jax.layers.dtypes import at_least_float32
-from cbam_jax.layers.kernel_gradient import Convolve
+from cbam_jax.layers.gradients import Convolve
 
 # Narrower groups are computed together, up to so many channels: most of the products are then with
 # zeros, but Eigen's convolution of so few channels is bound by how it reads them.
@@ -43,10 +43,10 @@ def faster(
     by_itself = functools.partial(depthwise, strides=strides, dilation=dilation)
     # Computed again for the gradient, which would else store a copy of the features for each tap.
     by_kernel = jax.checkpoint(by_itself)
-    if dilation == 1 and kernel_gradient.has_rows(x, strides):
-      by_kernel = functools.partial(kernel_gradient.by_taps, strides=strides)
+    if dilation == 1 and gradients.has_rows(x, strides):
+      by_kernel = functools.partial(gradients.by_taps, strides=strides)
     return functools.partial(
-      kernel_gradient.with_gradients_of,
+      gradients.with_gradients_of,
       convolve=by_itself,
       by_features=functools.partial(depthwise_spread, strides=strides, dilation=dilation),
       by_kernel=by_kernel,

@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 from cbam_jax.errors import UserError, whole
-from cbam_jax.layers import at_least_float32
+from cbam_jax.layers import at_least_float32, in_parts
 from cbam_jax.models.base import Classifier
 from cbam_jax.training.state import TrainState
 
@@ -216,8 +216,12 @@ def make_eval_step(
   """The function from a network's variables and a batch to the batch's metrics."""
 
   def eval_step(variables: Any, batch: dict[str, jax.Array]) -> Metrics:
-    images = normalize(batch['image'])
-    logits = cast('jax.Array', model.apply(gather(variables), images, train=False))
+    network = gather(variables)
+
+    def classify(images: jax.Array) -> jax.Array:
+      return cast('jax.Array', model.apply(network, normalize(images), train=False))
+
+    logits = in_parts(classify, batch['image'])
     losses = cross_entropy(logits, batch['label'])
     return sum_metrics(logits, losses, batch['label'], batch['mask'])
 

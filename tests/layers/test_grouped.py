@@ -110,7 +110,7 @@ def test_no_convolution_of_groups_is_compiled(groups):
 
 
 def test_a_depthwise_gradient_stores_no_copy_for_each_tap():
-  # Dilated, which the form of tests/layers/test_kernel_gradient.py is not for.
+  # Dilated, which the form of tests/layers/test_gradients.py is not for.
   conv = Conv(8, (5, 5), dilation=2, groups=8)
   x = jnp.ones((2, 32, 32, 8))
   variables = random_variables(conv, x)

@@ -1,13 +1,14 @@
-"""The other forms of a kernel's gradient against XLA's own."""
+"""The other forms of a convolution's gradients against JAX's own."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cbam_jax.layers import Conv, any_platform, kernel_gradient
+from cbam_jax.layers import Conv, any_platform, gradients
 from cbam_jax.layers.convolution import convolve
 from tests.layers.random_variables import random_features, random_variables
 from tests.marks import first
@@ -19,7 +20,7 @@ from tests.marks import first
   [((9, 5), (3, 3), 1), ((8, 6), (3, 7), 2), ((8, 5), (1, 3), 3), ((1, 4), (5, 1), 2)],
 )
 @pytest.mark.parametrize(
-  ('form', 'channels'), [(kernel_gradient.by_products, (3, 4)), (kernel_gradient.by_taps, (1, 3))]
+  ('form', 'channels'), [(gradients.by_products, (3, 4)), (gradients.by_taps, (1, 3))]
 )
 def test_forms(form, channels, size, sides, strides, x64):
   x, kernel = random_features((2, *size, 3)), random_features((*sides, *channels))
@@ -35,14 +36,34 @@ def test_forms(form, channels, size, sides, strides, x64):
   jax.tree.map(assert_allclose, both(form), both(by_xla))
 
 
-@pytest.fixture(params=[(2, 1), (1, 1), (1, 32)], ids=['strides', 'no strides', 'depthwise'])
+@pytest.mark.parametrize(
+  ('size', 'sides', 'strides', 'dilation'),
+  [
+    ((6,), (3,), 2, 1),
+    ((7, 6), (3, 5), 1, 1),
+    ((8, 5), (3, 1), 2, 2),
+    ((4, 3, 5), (3, 3, 1), 2, 1),
+  ],
+)
+def test_forms_in_order(size, sides, strides, dilation, x64):
+  x, kernel = random_features((2, *size, 3)), random_features((*sides, 3, 4))
+  by_xla = functools.partial(convolve, strides=strides, dilation=dilation)
+  for form in gradients.in_order(by_xla).values():
+    np.testing.assert_allclose(form(x, kernel), by_xla(x, kernel), rtol=1e-12, atol=1e-13)
+
+
+@pytest.fixture(
+  params=[(2, 1, 4), (1, 1, 4), (1, 32, 32), (2, 1, 8), (1, 4, 16)],
+  ids=['strides', 'no strides', 'depthwise', 'in order', 'groups'],
+)
 def layer(request, x64):
-  """A convolution that has its kernel's gradient in another form, with variables and features."""
-  strides, groups = request.param
+  """A convolution that has gradients in another form, with variables and features."""
+  strides, groups, channels = request.param
   conv = Conv(32, (3, 3), strides, groups=groups, param_dtype=jnp.float64)
-  x = random_features((2, 16, 5, max(4, groups)))
+  x = random_features((2, 16, 5, channels))
   variables = random_variables(conv, x)
-  assert 'scan' in str(jax.make_jaxpr(jax.grad(lambda v: conv.apply(v, x).sum()))(variables))
+  jaxpr = str(jax.make_jaxpr(jax.grad(lambda v: conv.apply(v, x).sum()))(variables))
+  assert ('scan' in jaxpr) == (channels == 4 or groups == channels)
   return conv, variables, x
 
 
@@ -139,3 +160,37 @@ def test_others_are_left_to_xla(channels, changed):
   variables = random_variables(conv, x)
   gradient = jax.grad(lambda v: conv.apply(v, x).astype(jnp.float32).sum())
   assert 'scan' not in str(jax.make_jaxpr(gradient)(variables))
+
+
+@pytest.mark.parametrize(
+  ('size', 'changed'),
+  [
+    ((8, 8), {}),
+    ((8, 8), {'strides': 2}),
+    ((9, 8), {'dilation': 2}),
+    ((8, 8), {'groups': 2}),
+    ((8,), {'kernel_size': (3,)}),
+    ((4, 4, 4), {'kernel_size': (3, 3, 3)}),
+  ],
+)
+def test_in_a_loop_xla_meets_its_own_order(size, changed):
+  conv = Conv(**{'features': 32, 'kernel_size': (3, 3)} | changed)
+  x = random_features((3, 2, *size, 32), dtype=np.float32)
+  variables = random_variables(conv, x[0])
+
+  def total(variables, x):
+    return jnp.sum(jnp.cos(conv.apply(variables, x)))
+
+  @jax.jit
+  def gradients_of_each(variables, x):
+    return jax.lax.map(lambda x: jax.grad(total, (0, 1))(variables, x), x)
+
+  text = gradients_of_each.lower(variables, x).compile().as_text()
+  orders = re.findall(r'dim_labels=(\S+?),? ', text)
+  places = '012'[: len(size)]
+  assert len(orders) >= 3  # forward, and both gradients
+  assert set(orders) == {f'b{places}f_{places}io->b{places}f'}
+  each = gradients_of_each(variables, x)
+  last = jax.tree.map(lambda v: v[-1], each)
+  alone = jax.jit(jax.grad(total, (0, 1)))(variables, x[-1])
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), last, alone)
