@@ -219,6 +219,7 @@ def main() -> None:
           for peer, make in peers(name, attention, images, step).items()
           if peer == 'cbam_jax' or not any(word in peer for word in args.skip)
         }
+        torch.compiler.reset()  # or it gives up compiling after eight networks
         seconds = measure({peer: make() for peer, make in makers.items()}, args.rounds)
         for peer, make in makers.items():
           ratio = statistics.median(

@@ -4,7 +4,7 @@ from cbam_jax.layers.batch_norm import BatchNorm
 from cbam_jax.layers.convolution import Conv
 from cbam_jax.layers.dtypes import Dtype, at_least_float32
 from cbam_jax.layers.parts import in_parts
-from cbam_jax.layers.platforms import any_platform, by_platform, compiler_options
+from cbam_jax.layers.platforms import any_platform, by_platform, compiler_options, once_options
 from cbam_jax.layers.pooling import max_over_axis, max_pool
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
   'in_parts',
   'max_over_axis',
   'max_pool',
+  'once_options',
 ]

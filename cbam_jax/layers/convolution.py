@@ -31,6 +31,8 @@ def convolve(
 ) -> jax.Array:
   """XLA's convolution, each side padded by `dilation * (kernel - 1) // 2`.
 
+  The shapes below are those of the default order of axes.
+
   Args:
     x: (N, *spatial, C).
     kernel: (*sides, C / groups, F), odd sides.
@@ -208,7 +210,7 @@ class Conv(nn.Module):
     by_xla = functools.partial(ungrouped, groups=self.groups)
     on: dict[str, Callable[..., jax.Array]] = {}
     if self.groups > 1:
-      block = functools.partial(gradients.with_gradients_of, **gradients.in_order(ungrouped))
+      block = gradients.in_order(ungrouped)
       on_cpu = grouped.faster(x, kernel, self.groups, block, self.strides, self.dilation)
       if on_cpu:
         on['cpu'] = on_cpu
@@ -217,12 +219,11 @@ class Conv(nn.Module):
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
       on['cpu'] = functools.partial(pointwise, strides=self.strides)
     else:
-      forms = gradients.in_order(ungrouped)
+      by_kernel = None
       if self.dilation == 1:
         on |= few_channels.faster(x, kernel, self.strides)
-        if 'cpu' in on:
-          forms = dict.fromkeys(forms, on['cpu'])
         if gradients.products_are_faster(x, kernel, self.strides):
-          forms['by_kernel'] = functools.partial(gradients.by_products, strides=self.strides)
-      on['cpu'] = functools.partial(gradients.with_gradients_of, **forms)
+          by_kernel = functools.partial(gradients.by_products, strides=self.strides)
+      if on.get('cpu') is not few_channels.by_rows:  # which is a product, fast in any order
+        on['cpu'] = gradients.in_order(ungrouped, on.get('cpu'), by_kernel)
     return by_platform(x, kernel, default=by_xla, **on)

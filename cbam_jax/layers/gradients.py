@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 
 from cbam_jax.layers.dtypes import at_least_float32
 
@@ -56,8 +57,8 @@ def with_gradients_of(
 ) -> jax.Array:
   """The convolution by `convolve`, with its derivatives taken of other forms.
 
-  They are made for their transpose: forward mode, and gradients that are not compiled, cost more
-  than with XLA's own.
+  They are made for their transpose: forward mode, in a loop above all, and gradients that are not
+  compiled cost more than with JAX's own.
 
   Args:
     x: Features.
@@ -90,25 +91,36 @@ def _jvp(
   return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 
 
-def in_order(convolve: Callable[..., jax.Array]) -> dict[str, Convolve]:
-  """What `with_gradients_of` takes, for gradients that XLA need not transpose.
+def in_order(
+  convolve: Callable[..., jax.Array],
+  forward: Convolve | None = None,
+  by_kernel: Convolve | None = None,
+) -> Convolve:
+  """A convolution with gradients that XLA need not transpose.
 
   Args:
-    convolve: A convolution of (N, *spatial, C) and (*sides, C, F), or of `axes` in another order.
+    convolve: The convolution of (N, *spatial, C) and (*sides, C, F), or of `axes` in another order.
+    forward: Another form of it for what it gives; None for itself.
+    by_kernel: Another for the gradient by the kernel; None for itself.
   """
 
-  def by_features(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  def features_in_order(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return convolve(x, kernel.swapaxes(-1, -2), axes=('N*C', '*OI', 'N*C'))
 
-  def by_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    if any(jax.typeof(x).sharding.spec):
-      # On a mesh of explicit axes, JAX 0.10 takes the last axis of the result for its channels.
+  def kernel_in_order(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+      # JAX 0.10 takes the first axis for the examples, and the last of the result for its channels.
       return convolve(x, kernel)
     kernel = jnp.moveaxis(kernel, -2, 0)
     y = convolve(x.swapaxes(0, -1), kernel, axes=('C*N', 'I*O', '*NC'))
     return jnp.moveaxis(y, -2, 0)
 
-  return {'convolve': convolve, 'by_features': by_features, 'by_kernel': by_kernel}
+  return functools.partial(
+    with_gradients_of,
+    convolve=forward or convolve,
+    by_features=features_in_order,
+    by_kernel=by_kernel or kernel_in_order,
+  )
 
 
 def by_products(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:

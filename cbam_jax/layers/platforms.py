@@ -58,6 +58,11 @@ def compiler_options() -> dict[str, str] | None:
   return dict(_ON_CPU) if pays else None
 
 
+def once_options() -> dict[str, int] | None:
+  """How to compile what runs once: on a CPU, optimising it takes far longer than running it."""
+  return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+
+
 @functools.cache
 def _takes_convolutions_back() -> bool:
   """Whether XLA gives convolutions to YNNPACK by itself, and knows our options."""

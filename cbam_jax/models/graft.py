@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cbam_jax.attention import BAM, CBAM, ChannelAttention, SpatialAttention, SqueezeExcitation
 from cbam_jax.errors import UserError, check_problems
+from cbam_jax.layers import once_options
 from cbam_jax.models.base import Classifier
 from cbam_jax.models.mobilenet import MobileNetV1
 from cbam_jax.models.resnet import ResNet
@@ -158,9 +159,7 @@ def _drawn(init: Init, key: jax.Array, shapes: Mapping[str, Any]) -> dict[str, j
     values = init(key)
     return [values[paths[0]] for paths in alike.values()]
 
-  # Optimising it would take longer than it saves.
-  options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-  program = jax.jit(draw, compiler_options=options)
+  program = jax.jit(draw, compiler_options=once_options())
   drawn: dict[str, jax.Array] = {}
   for i in range(max(map(len, alike.values()))):
     for paths, value in zip(alike.values(), program(jax.random.fold_in(key, i)), strict=True):

@@ -16,7 +16,7 @@ from cbam_jax.data import Batch, Source, eval_batches, open_source
 from cbam_jax.data.preprocessing import Preprocessing
 from cbam_jax.data.transforms import Transform, decode, train_transform
 from cbam_jax.errors import UserError, first_line
-from cbam_jax.layers import compiler_options
+from cbam_jax.layers import compiler_options, once_options
 from cbam_jax.training.config import build_model, validate
 from cbam_jax.training.initial import Initial, put_into, read_initial
 from cbam_jax.training.keys import MOST, shown
@@ -213,9 +213,7 @@ class Experiment:
     def create(key: jax.Array, variables: Any) -> TrainState:
       return put_into(self._create_state(key), variables)
 
-    # It runs once: on a CPU, optimising it takes many times as long as running it.
-    options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-    jitted = jax.jit(create, out_shardings=self._state_shardings, compiler_options=options)
+    jitted = jax.jit(create, out_shardings=self._state_shardings, compiler_options=once_options())
     variables = self.initial.variables if self.initial else {}
     return jitted(jax.random.key(self.config.seed), variables)
 

@@ -47,6 +47,7 @@ def test_no_options_where_xla_needs_none(monkeypatch):
 def test_no_options_on_a_gpu(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   assert cbam_jax.compiler_options() is None
+  assert platforms.once_options() is None
 
 
 def test_what_the_user_told_xla_stands(monkeypatch):
