@@ -27,8 +27,8 @@ def in_parts(function: Callable[..., Any], images: jax.Array, *others: jax.Array
   to memory and back. All parts are of one size: a batch that does not come apart so is computed
   whole. As `compiler_options` do, this goes by JAX's default backend. It belongs under `jit`.
 
-  XLA's CPU convolutions are slow in a loop, as this is, but for those of channels last, and for
-  gradients but for those of this package's `Conv`.
+  This is a loop, in which XLA's CPU convolutions are fast only with channels last, and gradients of
+  them only those of this package's `Conv`.
 
   Args:
     function: A pure function from arrays of some of the examples to a tree of arrays with a row for
@@ -44,7 +44,7 @@ def in_parts(function: Callable[..., Any], images: jax.Array, *others: jax.Array
     UserError: If an array is not of N examples, or the function gives another number of rows.
   """
   images, others = jnp.asarray(images), tuple(jnp.asarray(x) for x in others)
-  if any(x.shape[:1] != images.shape[:1] for x in others):
+  if images.ndim == 0 or any(x.shape[:1] != images.shape[:1] for x in others):
     shapes = ', '.join(str(x.shape) for x in (images, *others))
     raise UserError(
       f'in_parts got arrays of shape {shapes}; each must have a row for each of the images.'

@@ -186,3 +186,5 @@ def test_what_is_not_of_each_example_is_refused(count):
     jax.eval_shape(functools.partial(in_parts, means), images, fewer)
   with pytest.raises(UserError, match=r'shape \(\) for .* a row for each'):
     jax.eval_shape(functools.partial(in_parts, jnp.sum), images)
+  with pytest.raises(UserError, match='a row for each of the images'):
+    in_parts(means, jnp.zeros(()))
