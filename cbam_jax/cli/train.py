@@ -33,6 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
   from cbam_jax.training.compilation_cache import keep_compiled_programs
   from cbam_jax.training.distributed import joined
 
-  keep_compiled_programs()
   with joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
+    keep_compiled_programs()
     train(load_config(arguments.config, arguments.overrides), arguments.workdir)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbam_jax.errors import ChannelsError, UserError, check_dtypes, whole
-from cbam_jax.layers import few_channels, gradients, grouped
+from cbam_jax.layers import few_channels, gradients, grouped, onednn
 from cbam_jax.layers.batch_norm import BatchNorm
 from cbam_jax.layers.dtypes import Dtype
 from cbam_jax.layers.platforms import by_platform
@@ -209,11 +209,10 @@ class Conv(nn.Module):
     ungrouped = functools.partial(convolve, strides=self.strides, dilation=self.dilation)
     by_xla = functools.partial(ungrouped, groups=self.groups)
     on: dict[str, Callable[..., jax.Array]] = {}
+    forms = None
     if self.groups > 1:
       block = gradients.in_order(ungrouped)
-      on_cpu = grouped.faster(x, kernel, self.groups, block, self.strides, self.dilation)
-      if on_cpu:
-        on['cpu'] = on_cpu
+      forms = grouped.faster(x, kernel, self.groups, block, self.strides, self.dilation)
     elif all(size == 1 for size in self.kernel_size):
       # XLA's CPU convolution runs a 1x1 several times slower than the same matrix product. On a GPU
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
@@ -225,5 +224,7 @@ class Conv(nn.Module):
         if gradients.products_are_faster(x, kernel, self.strides):
           by_kernel = functools.partial(gradients.by_products, strides=self.strides)
       if on.get('cpu') is not few_channels.by_rows:  # which is a product, fast in any order
-        on['cpu'] = gradients.in_order(ungrouped, on.get('cpu'), by_kernel)
+        forms = gradients.in_order(ungrouped, on.get('cpu'), by_kernel)
+    if forms:
+      on['cpu'] = onednn.preferred(forms, self.strides, self.dilation, self.groups)
     return by_platform(x, kernel, default=by_xla, **on)

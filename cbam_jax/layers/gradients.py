@@ -12,6 +12,7 @@ All are convolutions, of which JAX derives the gradient.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -36,6 +37,47 @@ MOST_TAPS = 64
 Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Forms:
+  """A convolution in the form that gives it, and those of which its derivatives are taken.
+
+  They are made for their transpose: forward mode, in a loop above all, and gradients that are not
+  compiled cost more than with JAX's own.
+
+  Attributes:
+    forward: A convolution of features and kernel.
+    by_features: The same in the form of which the derivative by the features is taken.
+    by_kernel: The same in the form of which the derivative by the kernel is taken.
+  """
+
+  forward: Convolve
+  by_features: Convolve
+  by_kernel: Convolve
+
+  def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """What `forward` gives."""
+    return _in_forms(x, kernel, self)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _in_forms(x: jax.Array, kernel: jax.Array, forms: Forms) -> jax.Array:
+  return forms.forward(x, kernel)
+
+
+@functools.partial(_in_forms.defjvp, symbolic_zeros=True)
+def _jvp(
+  forms: Forms, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+  (x, kernel), (x_dot, kernel_dot) = primals, tangents
+  y = forms(x, kernel)
+  parts = []
+  if not isinstance(x_dot, SymbolicZero):
+    parts.append(forms.by_features(x_dot, kernel))
+  if not isinstance(kernel_dot, SymbolicZero):
+    parts.append(forms.by_kernel(x, kernel_dot))
+  return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
+
+
 def has_rows(x: jax.Array, strides: int) -> bool:
   """Whether a convolution of features (N, *spatial, C) has rows enough to take them by turns."""
   known = all(isinstance(size, int) for size in x.shape)
@@ -51,51 +93,11 @@ def products_are_faster(x: jax.Array, kernel: jax.Array, strides: int) -> bool:
   return has_rows(x, strides) and wide and few and fitting
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def with_gradients_of(
-  x: jax.Array, kernel: jax.Array, convolve: Convolve, by_features: Convolve, by_kernel: Convolve
-) -> jax.Array:
-  """The convolution by `convolve`, with its derivatives taken of other forms.
-
-  They are made for their transpose: forward mode, in a loop above all, and gradients that are not
-  compiled cost more than with JAX's own.
-
-  Args:
-    x: Features.
-    kernel: Kernel.
-    convolve: A convolution of features and kernel.
-    by_features: The same in the form of which the derivative by the features is taken.
-    by_kernel: The same in the form of which the derivative by the kernel is taken.
-
-  Returns:
-    What `convolve` gives.
-  """
-  return convolve(x, kernel)
-
-
-@functools.partial(with_gradients_of.defjvp, symbolic_zeros=True)
-def _jvp(
-  convolve: Convolve,
-  by_features: Convolve,
-  by_kernel: Convolve,
-  primals: tuple[Any, ...],
-  tangents: tuple[Any, ...],
-) -> tuple[jax.Array, jax.Array]:
-  (x, kernel), (x_dot, kernel_dot) = primals, tangents
-  y = convolve(x, kernel)
-  parts = []
-  if not isinstance(x_dot, SymbolicZero):
-    parts.append(by_features(x_dot, kernel))
-  if not isinstance(kernel_dot, SymbolicZero):
-    parts.append(by_kernel(x, kernel_dot))
-  return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
-
-
 def in_order(
   convolve: Callable[..., jax.Array],
   forward: Convolve | None = None,
   by_kernel: Convolve | None = None,
-) -> Convolve:
+) -> Forms:
   """A convolution with gradients that XLA need not transpose.
 
   Args:
@@ -115,12 +117,7 @@ def in_order(
     y = convolve(x.swapaxes(0, -1), kernel, axes=('C*N', 'I*O', '*NC'))
     return jnp.moveaxis(y, -2, 0)
 
-  return functools.partial(
-    with_gradients_of,
-    convolve=forward or convolve,
-    by_features=features_in_order,
-    by_kernel=by_kernel or kernel_in_order,
-  )
+  return Forms(forward or convolve, features_in_order, by_kernel or kernel_in_order)
 
 
 def by_products(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:

@@ -16,7 +16,7 @@ from jax import lax
 
 from cbam_jax.layers import gradients
 from cbam_jax.layers.dtypes import at_least_float32
-from cbam_jax.layers.gradients import Convolve
+from cbam_jax.layers.gradients import Convolve, Forms
 
 # Narrower groups are computed together, up to so many channels: most of the products are then with
 # zeros, but Eigen's convolution of so few channels is bound by how it reads them.
@@ -26,8 +26,8 @@ MOST_TAPS = MOST_BLOCKS = 64
 
 
 def faster(
-  x: jax.Array, kernel: jax.Array, groups: int, convolve: Convolve, strides: int, dilation: int
-) -> Convolve | None:
+  x: jax.Array, kernel: jax.Array, groups: int, convolve: Forms, strides: int, dilation: int
+) -> Forms | None:
   """Which of the two below computes the convolution of `x`; None if neither does.
 
   Args:
@@ -45,16 +45,17 @@ def faster(
     by_kernel = jax.checkpoint(by_itself)
     if dilation == 1 and gradients.has_rows(x, strides):
       by_kernel = functools.partial(gradients.by_taps, strides=strides)
-    return functools.partial(
-      gradients.with_gradients_of,
-      convolve=by_itself,
-      by_features=functools.partial(depthwise_spread, strides=strides, dilation=dilation),
-      by_kernel=by_kernel,
-    )
+    spread = functools.partial(depthwise_spread, strides=strides, dilation=dilation)
+    return Forms(by_itself, spread, by_kernel)
   together = max(n for n in range(1, max(1, BLOCK // c) + 1) if groups % n == 0)
   if groups // together > MOST_BLOCKS:
     return None
-  return functools.partial(by_blocks, groups=groups, together=together, convolve=convolve)
+  blocks = functools.partial(by_blocks, groups=groups, together=together)
+  return Forms(
+    functools.partial(blocks, convolve=convolve.forward),
+    functools.partial(blocks, convolve=convolve.by_features),
+    functools.partial(blocks, convolve=convolve.by_kernel),
+  )
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, strides: int, dilation: int) -> jax.Array:

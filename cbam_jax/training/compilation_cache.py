@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from cbam_jax.layers import onednn
+
 logger = logging.getLogger(__name__)
 
 
@@ -17,8 +19,13 @@ def keep_compiled_programs() -> None:
   That is `$XDG_CACHE_HOME/cbam_jax/xla`, or `~/.cache/cbam_jax/xla`. Whoever has set
   `JAX_COMPILATION_CACHE_DIR` is obeyed; empty, it turns this off. Where the folder cannot be
   written, a warning says so and nothing is kept.
+
+  On a CPU that calls oneDNN nothing is kept, unless that variable says where: XLA cannot store what
+  calls it, and whoever lets it store programs has its own, slower convolutions.
+
+  This asks for JAX's devices: not before `jax.distributed.initialize`.
   """
-  if jax.config.values['jax_compilation_cache_dir'] is not None:
+  if jax.config.values['jax_compilation_cache_dir'] is not None or onednn.is_used():
     return
   home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from cbam_jax.layers import onednn
 from cbam_jax.training.compilation_cache import keep_compiled_programs
 
 KEY = 'jax_compilation_cache_dir'
@@ -34,6 +35,13 @@ def test_who_has_chosen_a_folder_or_none_keeps_it(tmp_path, chosen):
   jax.config.update(KEY, chosen)
   keep_compiled_programs()
   assert jax.config.values[KEY] == chosen
+  assert not (tmp_path / 'cache').exists()
+
+
+def test_what_calls_onednn_is_not_kept(monkeypatch, tmp_path):
+  monkeypatch.setattr(onednn, 'is_used', lambda: True)
+  keep_compiled_programs()
+  assert jax.config.values[KEY] is None
   assert not (tmp_path / 'cache').exists()
 
 

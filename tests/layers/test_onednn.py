@@ -1,0 +1,208 @@
+"""Convolutions by oneDNN: what they give, and where they are left alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import cbam_jax
+from cbam_jax.layers import Conv, any_platform, onednn
+from tests.layers.random_variables import random_features, random_variables
+from tests.marks import first
+
+CALL = '__onednn$convolution'
+CACHE = 'jax_compilation_cache_dir'
+
+needs_onednn = pytest.mark.skipif(
+  not onednn.is_found(), reason='this XLA does not call oneDNN as it was tried'
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_cache():
+  """A program that is kept does not call oneDNN."""
+  before = jax.config.values[CACHE]
+  compilation_cache.reset_cache()
+  jax.config.update(CACHE, None)
+  yield
+  jax.config.update(CACHE, before)
+  compilation_cache.reset_cache()
+
+
+def layer_of(features=32, size=(3, 3), shape=(2, 9, 7, 32), dtype=jnp.float32, **attributes):
+  """A convolution, its variables and features."""
+  conv = Conv(features, size, **attributes)
+  x = random_features(shape, dtype=np.float32).astype(dtype)
+  return conv, random_variables(conv, x), x
+
+
+def calls(function, *inputs):
+  """How often the compiled function calls oneDNN."""
+  return jax.jit(function).lower(*inputs).compile().as_text().count(CALL)
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+  'changed',
+  [
+    pytest.param({}, id='3x3'),
+    pytest.param({'strides': 2}, id='strides'),
+    pytest.param({'strides': 3, 'shape': (1, 11, 10, 32)}, id='steps that do not fit'),
+    pytest.param({'dilation': 2}, id='dilation'),
+    pytest.param({'size': (5, 1)}, id='sides that differ'),
+    pytest.param({'size': (7, 7), 'strides': 2, 'shape': (2, 16, 18, 3)}, id='stem'),
+    pytest.param({'size': (3, 3), 'strides': 2, 'shape': (2, 16, 18, 3)}, id='small stem'),
+    pytest.param({'groups': 8}, id='groups'),
+    pytest.param({'groups': 8, 'features': 48}, id='wider groups'),
+    pytest.param({'groups': 8, 'strides': 2}, id='groups with strides'),
+    pytest.param({'groups': 32}, id='depthwise'),
+    pytest.param({'groups': 32, 'strides': 2, 'dilation': 2}, id='depthwise with strides'),
+    pytest.param({'use_bias': True}, id='bias'),
+  ],
+)
+def test_values_and_derivatives(changed):
+  layer, variables, x = layer_of(**changed)
+  dy = random_features(jax.eval_shape(layer.apply, variables, x).shape, 2, np.float32)
+
+  def all_of_it(variables, x, dy):
+    y, back = jax.vjp(layer.apply, variables, x)
+    tangents = jax.jvp(layer.apply, (variables, x), (variables, x))
+    # Once more through both: the gradients of the gradients.
+    twice = jax.grad(lambda v, x, dy: (jax.vjp(layer.apply, v, x)[1](dy)[1] ** 2).sum(), (0, 1, 2))
+    return y, back(dy), tangents, twice(variables, x, dy)
+
+  assert calls(layer.apply, variables, x) == 1
+  back = calls(lambda x, dy: jax.vjp(lambda x: layer.apply(variables, x), x)[1](dy), x, dy)
+  assert back == (changed.get('strides', 1) == 1)
+  ours = jax.jit(all_of_it)(variables, x, dy)
+  before = jax.config.jax_enable_x64
+  jax.config.update('jax_enable_x64', True)
+  try:
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (variables, x, dy))
+    with any_platform():
+      theirs = jax.jit(lambda *inputs: all_of_it(*inputs))(*wide)
+  finally:
+    jax.config.update('jax_enable_x64', before)
+  for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-5 * np.abs(their).max())
+
+
+@needs_onednn
+@pytest.mark.parametrize('name', first(1, ['resnet18', 'mobilenet_v1', 'resnext50_32x4d']))
+def test_networks(name):
+  model = cbam_jax.create_model(name, num_classes=10, attention='cbam')
+  x = random_features((2, 64, 64, 3), dtype=np.float32)
+  variables = random_variables(model, x[:1], train=False)
+
+  def loss(params, x):
+    return (model.apply({**variables, 'params': params}, x, train=False) ** 2).mean()
+
+  gradients = jax.value_and_grad(loss)
+  assert calls(gradients, variables['params'], x) > 10
+  ours = jax.jit(gradients)(variables['params'], x)
+  with any_platform():
+    theirs = jax.jit(lambda *inputs: gradients(*inputs))(variables['params'], x)
+  ours, theirs = ravel_pytree(ours)[0], ravel_pytree(theirs)[0]
+  assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
+
+
+@needs_onednn
+def test_in_a_loop_and_under_checkpoint():
+  layer, variables, x = layer_of(shape=(4, 9, 7, 32))
+
+  def looped(x):
+    rows = jax.lax.map(jax.checkpoint(lambda row: layer.apply(variables, row)), x[:, None])
+    return rows[:, 0]
+
+  def gradient(form, x):
+    return jax.grad(lambda x: (form(x) ** 2).sum())(x)
+
+  assert calls(looped, x) == 1
+  whole = functools.partial(layer.apply, variables)
+  np.testing.assert_allclose(jax.jit(looped)(x), whole(x), rtol=1e-4, atol=1e-4)
+  ours, theirs = (jax.jit(functools.partial(gradient, form))(x) for form in (looped, whole))
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@needs_onednn
+def test_each_with_its_own_kernel():
+  layer, _, x = layer_of()
+  kernels = random_features((3, 3, 3, 32, 32), dtype=np.float32)
+
+  def apply(kernel, x):
+    return layer.apply({'params': {'kernel': kernel}}, x)
+
+  ours = jax.jit(jax.vmap(apply, (0, None)))(kernels, x)
+  np.testing.assert_allclose(ours, jnp.stack([apply(k, x) for k in kernels]), rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.usefixtures('eight_devices')
+@pytest.mark.parametrize('kind', ['automatic', 'explicit', 'shard_map'])
+def test_not_divided_among_devices(kind):
+  layer, variables, x = layer_of(shape=(8, 9, 7, 32))
+  axis = AxisType.Explicit if kind == 'explicit' else AxisType.Auto
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(axis,))
+  function = functools.partial(layer.apply, variables)
+  if kind == 'shard_map':
+    spec = PartitionSpec('data')
+    function = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)
+  placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))
+  assert calls(function, placed) == 0
+  np.testing.assert_allclose(
+    jax.jit(function)(placed), layer.apply(variables, x), rtol=1e-4, atol=1e-4
+  )
+
+
+@needs_onednn
+def test_on_a_mesh_of_one_device():
+  layer, variables, x = layer_of()
+  mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+  placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))
+  assert calls(functools.partial(layer.apply, variables), placed) == 1
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_other_types_are_left_to_xla(dtype):
+  layer, variables, x = layer_of(dtype=dtype)
+  assert calls(layer.apply, variables, x) == 0
+
+
+def test_a_program_that_may_be_kept_calls_nothing(tmp_path):
+  layer, variables, x = layer_of()
+  jax.config.update(CACHE, str(tmp_path))
+  assert calls(layer.apply, variables, x) == 0
+
+
+def test_an_exported_program_calls_nothing():
+  layer, variables, x = layer_of()
+  exported = jax.export.export(jax.jit(functools.partial(layer.apply, variables)))(x)
+  assert CALL not in exported.mlir_module()
+  assert exported.serialize()
+
+
+@pytest.mark.parametrize('version', ['0.8.1', '0.11.0', '1.0', '0.12.0.1'])
+def test_a_release_that_it_was_not_tried_with(monkeypatch, version):
+  monkeypatch.setattr('jaxlib.__version__', version)
+  assert not onednn.is_found.__wrapped__()
+
+
+def test_a_processor_without_it(monkeypatch):
+  monkeypatch.setattr('platform.machine', lambda: 'aarch64')
+  assert not onednn.is_found.__wrapped__()
+
+
+def test_a_call_that_xla_does_not_know(monkeypatch):
+  monkeypatch.setattr(onednn, '_TARGET', '__onednn$unknown')
+  assert not onednn.is_found.__wrapped__()
+
+
+@needs_onednn
+def test_an_answer_that_is_wrong(monkeypatch):
+  monkeypatch.setattr(onednn, '_by_hand', lambda *inputs, **how: np.zeros((2, 5, 4, 6)))
+  assert not onednn.is_found.__wrapped__()
