@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -104,7 +105,10 @@ def measure_in_process(devices: int, fsdp: int, options: argparse.Namespace) -> 
   command += [f'--batch={options.batch}', *(f'--set={value}' for value in options.set)]
   flags = f'--xla_force_host_platform_device_count={devices}'
   environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
-  done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+  # A program that may be kept does not call oneDNN, whose operations XLA could not count.
+  with tempfile.TemporaryDirectory() as kept:
+    environment['JAX_COMPILATION_CACHE_DIR'] = kept
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
   if done.returncode:
     raise SystemExit(f'{devices} devices, fsdp {fsdp}: compiling failed, see above')
   return json.loads(done.stdout)

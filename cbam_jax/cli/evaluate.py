@@ -40,13 +40,13 @@ def run(arguments: argparse.Namespace) -> None:
   from cbam_jax.training import evaluate, evaluate_network
   from cbam_jax.training.compilation_cache import keep_compiled_programs
 
-  keep_compiled_programs()
   batch_size = 256 if arguments.batch_size is None else arguments.batch_size
   workers = arguments.workers or 0
   if batch_size < 1 or workers < 0:
     raise UserError(
       f'--batch-size is {batch_size} and --workers {workers}; they must be at least 1 and 0.'
     )
+  keep_compiled_programs()
   if arguments.data is not None:
     metrics = evaluate_network(
       load_network(arguments),

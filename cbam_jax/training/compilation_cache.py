@@ -25,7 +25,7 @@ def keep_compiled_programs() -> None:
 
   This asks for JAX's devices: not before `jax.distributed.initialize`.
   """
-  if jax.config.values['jax_compilation_cache_dir'] is not None or onednn.is_used():
+  if jax.config.values['jax_compilation_cache_dir'] is not None or onednn.is_called():
     return
   home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   try:

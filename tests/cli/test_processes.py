@@ -9,20 +9,25 @@ from pathlib import Path
 import jax
 import pytest
 
+from cbam_jax.layers import onednn
 from cbam_jax.models import create_model, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 CBAM_JAX = ('-c', 'import sys; from cbam_jax.cli import main; sys.exit(main())')
 
 
-def python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-  """Runs Python on one CPU device, beside this project's code."""
+def python(
+  *arguments: object, cwd: Path = ROOT, **variables: str | None
+) -> subprocess.CompletedProcess[str]:
+  """Runs Python on one CPU device, beside this project's code, with `variables` set, or unset by None."""
   environment = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': '--xla_backend_optimization_level=0',  # compiling takes longest
     'PYTHONPATH': str(ROOT),
     'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+    **variables,
   }
+  environment = {name: value for name, value in environment.items() if value is not None}
   return subprocess.run(
     [sys.executable, *map(str, arguments)],
     cwd=cwd,
@@ -62,6 +67,24 @@ def test_train_then_evaluate(tmp_path):
   assert result['count'] == 360
   for key in ('step', 'loss', 'top1', 'top5'):
     assert result[key] == pytest.approx(logged[1][key], rel=1e-6)
+
+
+@pytest.mark.skipif(not onednn.is_found(), reason='this XLA does not call oneDNN as it was tried')
+def test_with_no_folder_for_programs_onednn_is_called(tmp_path):
+  told = {
+    'JAX_COMPILATION_CACHE_DIR': None,
+    'XDG_CACHE_HOME': str(tmp_path / 'cache'),
+    'ONEDNN_VERBOSE': '1',
+  }
+  workdir = tmp_path / 'run'
+  small = ('--config.model.fields.width=0.125', '--config.model.fields.stage_sizes=(1, 1)')
+  run = ('--config=digits', f'--workdir={workdir}', '--config.epochs=1', *small)
+  for command in (('train', *run), ('evaluate', '--workdir', workdir)):
+    done = python(*CBAM_JAX, *command, **told)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ''
+    assert 'exec,cpu,convolution' in done.stdout
+  assert not (tmp_path / 'cache' / 'cbam_jax').exists()
 
 
 def test_models_needs_no_extra(tmp_path):

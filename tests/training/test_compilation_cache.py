@@ -39,7 +39,7 @@ def test_who_has_chosen_a_folder_or_none_keeps_it(tmp_path, chosen):
 
 
 def test_what_calls_onednn_is_not_kept(monkeypatch, tmp_path):
-  monkeypatch.setattr(onednn, 'is_used', lambda: True)
+  monkeypatch.setattr(onednn, 'is_called', lambda: True)
   keep_compiled_programs()
   assert jax.config.values[KEY] is None
   assert not (tmp_path / 'cache').exists()
