@@ -19,7 +19,7 @@ CBAM_JAX = ('-c', 'import sys; from cbam_jax.cli import main; sys.exit(main())')
 def python(
   *arguments: object, cwd: Path = ROOT, **variables: str | None
 ) -> subprocess.CompletedProcess[str]:
-  """Runs Python on one CPU device, beside this project's code, with `variables` set, or unset by None."""
+  """Runs Python on one CPU device, beside this project's code; of `variables`, None unsets."""
   environment = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': '--xla_backend_optimization_level=0',  # compiling takes longest
