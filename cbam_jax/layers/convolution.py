@@ -15,6 +15,7 @@ from cbam_jax.errors import ChannelsError, UserError, check_dtypes, whole
 from cbam_jax.layers import few_channels, gradients, grouped, onednn
 from cbam_jax.layers.batch_norm import BatchNorm
 from cbam_jax.layers.dtypes import Dtype
+from cbam_jax.layers.gradients import Forms
 from cbam_jax.layers.platforms import by_platform
 
 # PyTorch's kaiming_normal_(mode='fan_out') for a ReLU, the paper authors' choice.
@@ -59,13 +60,16 @@ def convolve(
   )
 
 
-def pointwise(x: jax.Array, kernel: jax.Array, strides: int = 1) -> jax.Array:
+def pointwise(
+  x: jax.Array, kernel: jax.Array, strides: int = 1, transposed: bool = False
+) -> jax.Array:
   """A 1x1 convolution as a matrix product.
 
   Args:
     x: (N, *spatial, C).
     kernel: (*ones, C, F).
     strides: Step on every spatial axis.
+    transposed: Whether its gradient by the kernel is the product of (F, C), which is transposed.
 
   Returns:
     (N, *ceil(spatial / strides), F).
@@ -73,7 +77,12 @@ def pointwise(x: jax.Array, kernel: jax.Array, strides: int = 1) -> jax.Array:
   x = x[:, *(slice(None, None, strides) for _ in x.shape[1:-1])]
   # Flat, or XLA copies and transposes an operand of the kernel's gradient.
   flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-  return jnp.dot(flat, kernel.reshape(kernel.shape[-2:])).reshape(*x.shape[:-1], kernel.shape[-1])
+  c, features = kernel.shape[-2:]
+  kernel = kernel.reshape(c, features)
+  if transposed:
+    # The barrier keeps XLA from turning the gradient's product round again.
+    kernel = lax.optimization_barrier(kernel.T).T
+  return jnp.dot(flat, kernel).reshape(*x.shape[:-1], features)
 
 
 class Conv(nn.Module):
@@ -216,7 +225,10 @@ class Conv(nn.Module):
     elif all(size == 1 for size in self.kernel_size):
       # XLA's CPU convolution runs a 1x1 several times slower than the same matrix product. On a GPU
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
-      on['cpu'] = functools.partial(pointwise, strides=self.strides)
+      product = functools.partial(pointwise, strides=self.strides)
+      on['cpu'] = product
+      if x.shape[-1] > self.features:  # a tall gradient takes XLA longer than its transpose
+        on['cpu'] = Forms(product, product, functools.partial(product, transposed=True))
     else:
       by_kernel = None
       if self.dilation == 1:

@@ -201,3 +201,24 @@ def test_in_a_loop_xla_meets_its_own_order(size, changed):
   last = jax.tree.map(lambda v: v[-1], each)
   alone = jax.jit(jax.grad(total, (0, 1)))(variables, x[-1])
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), last, alone)
+
+
+@pytest.mark.parametrize('strides', [1, 2])
+def test_a_tall_gradient_is_the_transpose_of_a_wide_one(strides, x64):
+  x = random_features((2, 5, 4, 32))
+  conv = Conv(8, (1, 1), strides, param_dtype=jnp.float64)
+  variables = random_variables(conv, x)
+
+  def gradient(variables, x):
+    return jax.grad(lambda variables: (conv.apply(variables, x) ** 2).sum())(variables)
+
+  compiled = jax.jit(gradient).lower(variables, x).compile()
+  if jax.default_backend() == 'cpu':
+    assert re.search(r'f64\[8,32\]\S* dot\(', compiled.as_text())
+    assert not re.search(r'f64\[32,8\]\S* dot\(', compiled.as_text())
+  with any_platform():
+    theirs = jax.jit(lambda *inputs: gradient(*inputs))(variables, x)
+  ours = compiled(variables, x)
+  np.testing.assert_allclose(
+    ours['params']['kernel'], theirs['params']['kernel'], rtol=1e-12, atol=1e-12
+  )
