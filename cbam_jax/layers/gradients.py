@@ -80,8 +80,10 @@ def _jvp(
 
 def has_rows(x: jax.Array, strides: int) -> bool:
   """Whether a convolution of features (N, *spatial, C) has rows enough to take them by turns."""
+  # Older releases fail to transpose a loop within a choice of platforms.
+  loops = jax.__version_info__ >= (0, 10)
   known = all(isinstance(size, int) for size in x.shape)
-  return x.ndim == 4 and known and x.size > 0 and x.shape[1] >= 4 * ROWS * strides
+  return loops and x.ndim == 4 and known and x.size > 0 and x.shape[1] >= 4 * ROWS * strides
 
 
 def products_are_faster(x: jax.Array, kernel: jax.Array, strides: int) -> bool:
