@@ -219,7 +219,7 @@ def test_an_exported_program_calls_nothing():
   assert exported.serialize()
 
 
-@pytest.mark.parametrize('version', ['0.8.1', '0.11.0', '1.0', '0.12.0.1'])
+@pytest.mark.parametrize('version', ['0.8.2', '0.11.0', '1.0', '0.12.0.1'])
 def test_a_release_that_it_was_not_tried_with(monkeypatch, version):
   monkeypatch.setattr('jaxlib.__version__', version)
   assert not onednn.is_found.__wrapped__()
