@@ -34,7 +34,8 @@ def faster(
     x: (N, *spatial, C).
     kernel: (*sides, C / groups, F).
     groups: Groups of channels convolved apart.
-    convolve: The convolution without groups, of (N, *spatial, C) and (*sides, C, F).
+    convolve: The convolution without groups, of (N, *spatial, C) and (*sides, C, F), in the forms
+      that each block has.
     strides: Step on every spatial axis.
     dilation: Distance between the taps of the kernel.
   """

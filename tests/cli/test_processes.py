@@ -15,6 +15,13 @@ from cbam_jax.models import create_model, summary
 ROOT = Path(__file__).resolve().parents[2]
 CBAM_JAX = ('-c', 'import sys; from cbam_jax.cli import main; sys.exit(main())')
 
+# An epoch of a narrow network of two blocks.
+SHORT = (
+  '--config.epochs=1',
+  '--config.model.fields.width=0.125',
+  '--config.model.fields.stage_sizes=(1, 1)',
+)
+
 
 def python(
   *arguments: object, cwd: Path = ROOT, **variables: str | None
@@ -44,9 +51,7 @@ def test_train_then_evaluate(tmp_path):
     'train.py',
     '--config=configs/digits.py',
     f'--workdir={workdir}',
-    '--config.epochs=1',
-    '--config.model.fields.width=0.125',
-    '--config.model.fields.stage_sizes=(1, 1)',
+    *SHORT,
   )
   assert trained.returncode == 0, trained.stderr
   assert trained.stderr == ''
@@ -69,16 +74,16 @@ def test_train_then_evaluate(tmp_path):
     assert result[key] == pytest.approx(logged[1][key], rel=1e-6)
 
 
-@pytest.mark.skipif(not onednn.is_found(), reason='this XLA does not call oneDNN as it was tried')
 def test_with_no_folder_for_programs_onednn_is_called(tmp_path):
+  if not onednn.is_found():
+    pytest.skip('this XLA does not call oneDNN as it was tried')
   told = {
     'JAX_COMPILATION_CACHE_DIR': None,
     'XDG_CACHE_HOME': str(tmp_path / 'cache'),
     'ONEDNN_VERBOSE': '1',
   }
   workdir = tmp_path / 'run'
-  small = ('--config.model.fields.width=0.125', '--config.model.fields.stage_sizes=(1, 1)')
-  run = ('--config=digits', f'--workdir={workdir}', '--config.epochs=1', *small)
+  run = ('--config=digits', f'--workdir={workdir}', *SHORT)
   for command in (('train', *run), ('evaluate', '--workdir', workdir)):
     done = python(*CBAM_JAX, *command, **told)
     assert done.returncode == 0, done.stderr

@@ -71,7 +71,7 @@ def calls(function, *inputs):
     pytest.param({'use_bias': True}, id='bias'),
   ],
 )
-def test_values_and_derivatives(changed):
+def test_values_and_derivatives(changed, request):
   layer, variables, x = layer_of(**changed)
   dy = random_features(jax.eval_shape(layer.apply, variables, x).shape, 2, np.float32)
 
@@ -86,14 +86,10 @@ def test_values_and_derivatives(changed):
   back = calls(lambda x, dy: jax.vjp(lambda x: layer.apply(variables, x), x)[1](dy), x, dy)
   assert back == (changed.get('strides', 1) == 1)
   ours = jax.jit(all_of_it)(variables, x, dy)
-  before = jax.config.jax_enable_x64
-  jax.config.update('jax_enable_x64', True)
-  try:
-    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (variables, x, dy))
-    with any_platform():
-      theirs = jax.jit(lambda *inputs: all_of_it(*inputs))(*wide)
-  finally:
-    jax.config.update('jax_enable_x64', before)
+  request.getfixturevalue('x64')
+  wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (variables, x, dy))
+  with any_platform():
+    theirs = jax.jit(lambda *inputs: all_of_it(*inputs))(*wide)
   for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-5 * np.abs(their).max())
 
