@@ -27,7 +27,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 from cbam_jax.errors import UserError
-from cbam_jax.layers import at_least_float32, by_platform
+from cbam_jax.layers import at_least_float32, by_platform, stored_relu
 
 
 def refine(
@@ -311,7 +311,7 @@ def _gate_and_add(
     return (gated + offset * gate).astype(x.dtype)
   total = gated + (offset * gate + shortcut)
   # The barrier keeps XLA from keeping the wider sum as well, to spare the next block a rounding.
-  return lax.optimization_barrier(nn.relu(total).astype(shortcut.dtype))
+  return lax.optimization_barrier(stored_relu(total).astype(shortcut.dtype))
 
 
 def _gate_and_add_forward(*inputs: Any) -> Any:

@@ -6,6 +6,7 @@ from cbam_jax.layers.dtypes import Dtype, at_least_float32
 from cbam_jax.layers.parts import in_parts
 from cbam_jax.layers.platforms import any_platform, by_platform, compiler_options, once_options
 from cbam_jax.layers.pooling import max_over_axis, max_pool
+from cbam_jax.layers.relu import stored_relu
 
 __all__ = [
   'BatchNorm',
@@ -19,4 +20,5 @@ __all__ = [
   'max_over_axis',
   'max_pool',
   'once_options',
+  'stored_relu',
 ]

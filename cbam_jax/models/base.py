@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from cbam_jax.attention import CBAM
 from cbam_jax.errors import check_choice, check_dtypes, check_feature_map, checked_group_size, whole
-from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32
+from cbam_jax.layers import BatchNorm, Conv, Dtype, at_least_float32, stored_relu
 
 STEMS = ('imagenet', 'cifar')
 
@@ -162,4 +162,4 @@ def finish_block(
   x = conv(x, norm, train=train)
   if refine is not None:
     x = refine(x, train=train)
-  return nn.relu(x + shortcut)
+  return stored_relu(x + shortcut)

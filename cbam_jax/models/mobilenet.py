@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 
 from cbam_jax.errors import UserError, is_number, plain
+from cbam_jax.layers import stored_relu
 from cbam_jax.models.base import Classifier, LayerFactory, run_block
 
 
@@ -57,7 +58,7 @@ class Unit(nn.Module):
     conv = self.conv(
       self.features, kernel_size, strides=self.strides, groups=self.groups, name='conv'
     )
-    x = nn.relu(conv(x, self.norm(name='norm'), train=train))
+    x = stored_relu(conv(x, self.norm(name='norm'), train=train))
     if self.attention is not None:
       x = self.attention(name='attention')(x, train=train)
     return x

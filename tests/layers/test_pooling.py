@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cbam_jax import CBAM, ChannelAttention, SpatialAttention
 from cbam_jax.layers import BatchNorm, Conv, max_over_axis, max_pool
@@ -150,3 +151,13 @@ def test_max_pool_gradient_is_the_scatters(size, window, strides, padding):
   cotangent = jax.random.normal(jax.random.key(1), ours(x).shape)
   gradients = [jax.jit(lambda x, f=f: jax.vjp(f, x)[1](cotangent)[0])(x) for f in (ours, theirs)]
   np.testing.assert_allclose(*gradients, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('spec', [PartitionSpec('data'), PartitionSpec(None, None, None, 'data')])
+def test_max_pool_gradient_on_an_explicit_mesh(spec):
+  x = random_features((8, 9, 12, 8), dtype=np.float32)
+  gradient = jax.jit(jax.grad(lambda x: jnp.sum(max_pool(x, 3, 2, 1) ** 2)))
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    sharded = gradient(jax.device_put(x, NamedSharding(mesh, spec)))
+  np.testing.assert_allclose(sharded, gradient(x), rtol=1e-6)

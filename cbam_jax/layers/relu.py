@@ -1,0 +1,33 @@
+"""A ReLU that XLA's CPU backend does not compute again wherever it is read."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cbam_jax.layers.platforms import by_platform
+
+
+@jax.custom_jvp
+def stored_relu(x: jax.Array) -> jax.Array:
+  """`max(x, 0)`, of the shape and type of `x`, for what more than one operation reads.
+
+  On a CPU, XLA fuses an operation of one array into every reader, with all that led to it: the
+  last block of a stage would add up the sums of all blocks before it. A choice between arrays it
+  computes once and stores, which pays where the result is kept for the backward pass anyway.
+
+  The derivative is read from the result: 1 where that is positive, else 0.
+  """
+  return by_platform(x, cpu=_chosen, default=nn.relu)
+
+
+@stored_relu.defjvp
+def _jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+  y = stored_relu(*primals)
+  return y, jnp.where(y > 0, tangents[0], jnp.zeros_like(y))
+
+
+def _chosen(x: jax.Array) -> jax.Array:
+  # Not of `x > 0`: what is not a number stays so.
+  return jnp.where(x <= 0, jnp.zeros_like(x), x)
