@@ -310,7 +310,8 @@ def _gate_and_add(
   if shortcut is None:
     return (gated + offset * gate).astype(x.dtype)
   total = gated + (offset * gate + shortcut)
-  # The barrier keeps XLA from keeping the wider sum as well, to spare the next block a rounding.
+  # The barrier keeps XLA from keeping the wider sum as well, to spare the next block a rounding; on
+  # a CPU, where XLA drops it early, `stored_relu` does what it is about.
   return lax.optimization_barrier(stored_relu(total).astype(shortcut.dtype))
 
 

@@ -14,10 +14,11 @@ def stored_relu(x: jax.Array) -> jax.Array:
   """`max(x, 0)`, of the shape and type of `x`, for what more than one operation reads.
 
   On a CPU, XLA fuses an operation of one array into every reader, with all that led to it: the
-  last block of a stage would add up the sums of all blocks before it. A choice between arrays it
-  computes once and stores, which pays where the result is kept for the backward pass anyway.
+  last block of a stage would add up the sums of all blocks before it, and CBAM after a batch norm
+  normalise once for each of its pools. A choice between arrays is computed once and stored. Where
+  a convolution alone reads the result, `nn.relu` needs less memory.
 
-  The derivative is read from the result: 1 where that is positive, else 0.
+  The derivative asks the result: 1 where that is positive, else 0.
   """
   return by_platform(x, cpu=_chosen, default=nn.relu)
 

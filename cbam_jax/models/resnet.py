@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from cbam_jax.errors import UserError, is_number, plain, whole
-from cbam_jax.layers import max_pool
+from cbam_jax.layers import max_pool, stored_relu
 from cbam_jax.models.base import Classifier, LayerFactory, finish_block, run_block
 
 
@@ -117,11 +117,11 @@ class Stem(nn.Module):
     """Maps `images` (N, H, W, C) to 64 channels, at a 4th of the side or at the whole."""
     if self.kind == 'cifar':
       conv = self.conv(64, (3, 3), name='conv')
-      return nn.relu(conv(images, self.norm(name='norm'), train=train))
+      return stored_relu(conv(images, self.norm(name='norm'), train=train))
     conv = self.conv(64, (7, 7), strides=2, name='conv')
     x = conv(images, self.norm(name='norm'), train=train)
     # A maximum and a ReLU can be taken in either order; this way the ReLU has a 4th of the work.
-    return nn.relu(max_pool(x, 3, strides=2, padding=1))
+    return stored_relu(max_pool(x, 3, strides=2, padding=1))
 
 
 class Stage(nn.Module):

@@ -488,7 +488,7 @@ def test_a_jax_without_triton(monkeypatch):
 def test_stores_no_more_than_the_plain_network(fields, side):
   """CBAM's share of the memory of a train step; its definition takes a quarter more, or a third.
 
-  Of whole networks: CBAM keeps the output of the last block, which is narrow after some stages.
+  It keeps the last block's output, which counts where a network has one wide stage alone (1.10).
   """
   if jax.default_backend() != 'cpu':
     pytest.skip('of small features, a GPU keeps what its convolutions need to work')

@@ -136,7 +136,7 @@ def test_max_pool_ties_go_to_the_first():
 
 @pytest.mark.parametrize(
   ('window', 'strides', 'padding'),
-  first_rows(3, [(3, 2, 1), (2, 2, 0), (2, 3, 0), (3, 1, 1), (12, 12, 0)]),
+  first_rows(4, [(3, 2, 1), (2, 2, 0), (5, 2, 2), (2, 3, 0), (3, 1, 1), (11, 4, 0), (12, 12, 0)]),
 )
 @pytest.mark.parametrize('size', first(1, [(25, 13), (24, 24)]))
 def test_max_pool_gradient_is_the_scatters(size, window, strides, padding):
@@ -154,10 +154,37 @@ def test_max_pool_gradient_is_the_scatters(size, window, strides, padding):
 
 
 @pytest.mark.parametrize('spec', [PartitionSpec('data'), PartitionSpec(None, None, None, 'data')])
+@pytest.mark.usefixtures('eight_devices')
 def test_max_pool_gradient_on_an_explicit_mesh(spec):
   x = random_features((8, 9, 12, 8), dtype=np.float32)
   gradient = jax.jit(jax.grad(lambda x: jnp.sum(max_pool(x, 3, 2, 1) ** 2)))
   mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Explicit,))
   with jax.set_mesh(mesh):
     sharded = gradient(jax.device_put(x, NamedSharding(mesh, spec)))
+  assert sharded.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
   np.testing.assert_allclose(sharded, gradient(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(('window', 'strides', 'padding'), [(3, 2, 1), (5, 2, 0), (2, 3, 0)])
+def test_max_pool_jvp_and_vjp_are_each_others_transpose(window, strides, padding, x64):
+  x, tangent = random_features((2, 9, 12, 3)), random_features((2, 9, 12, 3), seed=2)
+  pool = functools.partial(max_pool, window=window, strides=strides, padding=padding)
+  y, pushed = jax.jvp(pool, (x,), (tangent,))
+  cotangent = random_features(y.shape, seed=3)
+  (pulled,) = jax.vjp(pool, x)[1](cotangent)
+  np.testing.assert_allclose(jnp.vdot(pushed, cotangent), jnp.vdot(tangent, pulled), rtol=1e-13)
+  each = jax.vmap(lambda v: jax.vjp(pool, x)[1](v)[0])(jnp.stack([cotangent, 2 * cotangent]))
+  np.testing.assert_array_equal(each, [pulled, 2 * pulled])
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='a CPU alone takes it by blocks')
+def test_max_pool_gradient_stores_no_array_for_each_place():
+  x = jax.ShapeDtypeStruct((2, 56, 56, 16), jnp.float32)
+
+  def gradient(x):
+    y, pull = jax.vjp(lambda x: max_pool(2 * x, 3, 2, 1), x)
+    (dx,) = pull(y)
+    return dx, jnp.sum(dx, (0, 1, 2)), jnp.sum(dx * x, (0, 1, 2))  # as a batch norm reads it
+
+  compiled = jax.jit(gradient).lower(x).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * x.size * 4
