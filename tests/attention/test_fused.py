@@ -479,14 +479,14 @@ def test_a_jax_without_triton(monkeypatch):
   first_rows(
     1,
     [
-      ({'stem': 'cifar'}, 32),
+      ({'stage_sizes': (2, 1, 1), 'stem': 'cifar'}, 16),
       ({'stage_sizes': (1, 2, 1), 'bottleneck': True}, 96),
     ],
   ),
   ids=['basic', 'bottleneck'],
 )
 def test_stores_no_more_than_the_plain_network(fields, side):
-  """CBAM's share of the memory of a train step; its definition takes a quarter more, or a third.
+  """CBAM's share of the memory of a train step; its definition takes a fifth more, or a third.
 
   It keeps the last block's output, which counts where a network has one wide stage alone (1.10).
   """
