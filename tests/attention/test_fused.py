@@ -475,20 +475,22 @@ def test_a_jax_without_triton(monkeypatch):
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason='older compilers store 6 % more')
 @pytest.mark.parametrize(
-  ('fields', 'side'),
+  ('fields', 'side', 'most'),
   first_rows(
     1,
     [
-      ({'stage_sizes': (2, 1, 1), 'stem': 'cifar'}, 16),
-      ({'stage_sizes': (1, 2, 1), 'bottleneck': True}, 96),
+      ({'stage_sizes': (2, 1, 1), 'stem': 'cifar'}, 16, 1.05),
+      ({'stage_sizes': (1, 2, 1), 'bottleneck': True}, 96, 1.05),
+      ({'stage_sizes': (2,), 'stem': 'cifar'}, 16, 1.11),
+      ({'stage_sizes': (3,), 'bottleneck': True}, 64, 1.11),
     ],
   ),
-  ids=['basic', 'bottleneck'],
+  ids=['basic', 'bottleneck', 'basic, one stage', 'bottleneck, one stage'],
 )
-def test_stores_no_more_than_the_plain_network(fields, side):
+def test_stores_no_more_than_the_plain_network(fields, side, most):
   """CBAM's share of the memory of a train step; its definition takes a fifth more, or a third.
 
-  It keeps the last block's output, which counts where a network has one wide stage alone (1.10).
+  It keeps the last block's output, which counts where a network has one wide stage alone.
   """
   if jax.default_backend() != 'cpu':
     pytest.skip('of small features, a GPU keeps what its convolutions need to work')
@@ -509,4 +511,4 @@ def test_stores_no_more_than_the_plain_network(fields, side):
     compiled = gradient.lower(variables['params'], variables['batch_stats'], images).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  assert temporary(CBAM) <= 1.05 * temporary(None)
+  assert temporary(CBAM) <= most * temporary(None)
