@@ -61,7 +61,7 @@ def convolve(
 
 
 def pointwise(
-  x: jax.Array, kernel: jax.Array, strides: int = 1, transposed: bool = False
+  x: jax.Array, kernel: jax.Array, strides: int = 1, product: gradients.Convolve = jnp.dot
 ) -> jax.Array:
   """A 1x1 convolution as a matrix product.
 
@@ -69,7 +69,7 @@ def pointwise(
     x: (N, *spatial, C).
     kernel: (*ones, C, F).
     strides: Step on every spatial axis.
-    transposed: Whether its gradient by the kernel is the product of (F, C), which is transposed.
+    product: Of matrices (P, C) and (C, F).
 
   Returns:
     (N, *ceil(spatial / strides), F).
@@ -77,12 +77,21 @@ def pointwise(
   x = x[:, *(slice(None, None, strides) for _ in x.shape[1:-1])]
   # Flat, or XLA copies and transposes an operand of the kernel's gradient.
   flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-  c, features = kernel.shape[-2:]
-  kernel = kernel.reshape(c, features)
-  if transposed:
-    # The barrier keeps XLA from turning the gradient's product round again.
-    kernel = lax.optimization_barrier(kernel.T).T
-  return jnp.dot(flat, kernel).reshape(*x.shape[:-1], features)
+  y = product(flat, kernel.reshape(kernel.shape[-2:]))
+  return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def fast_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The product of (P, C) and (C, F), with gradients in the forms that a CPU computes fastest."""
+  c, features = kernel.shape
+  by_kernel = _with_turned_gradient if c > features else jnp.dot
+  return onednn.preferred_product(Forms(jnp.dot, jnp.dot, by_kernel))(x, kernel)
+
+
+def _with_turned_gradient(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  # A tall gradient by the kernel takes XLA longer than its transpose. The barrier keeps XLA from
+  # turning the gradient's product round again.
+  return jnp.dot(x, lax.optimization_barrier(kernel.T).T)
 
 
 class Conv(nn.Module):
@@ -225,10 +234,7 @@ class Conv(nn.Module):
     elif all(size == 1 for size in self.kernel_size):
       # XLA's CPU convolution runs a 1x1 several times slower than the same matrix product. On a GPU
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
-      product = functools.partial(pointwise, strides=self.strides)
-      on['cpu'] = product
-      if x.shape[-1] > self.features:  # a tall gradient takes XLA longer than its transpose
-        on['cpu'] = Forms(product, product, functools.partial(product, transposed=True))
+      on['cpu'] = functools.partial(pointwise, strides=self.strides, product=fast_product)
     else:
       by_kernel = None
       if self.dilation == 1:

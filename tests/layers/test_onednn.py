@@ -1,4 +1,4 @@
-"""Convolutions by oneDNN: what they give, and where they are left alone."""
+"""Convolutions and products by oneDNN: what they give, and where they are left alone."""
 
 import functools
 
@@ -11,11 +11,11 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cbam_jax
-from cbam_jax.layers import Conv, any_platform, onednn
+from cbam_jax.layers import Conv, any_platform, onednn, onednn_calls
 from tests.layers.random_variables import random_features, random_variables
 from tests.marks import first
 
-CALL = '__onednn$convolution'
+CALL = onednn_calls.TARGET
 CACHE = 'jax_compilation_cache_dir'
 
 
@@ -69,6 +69,9 @@ def calls(function, *inputs):
     pytest.param({'groups': 32}, id='depthwise'),
     pytest.param({'groups': 32, 'strides': 2, 'dilation': 2}, id='depthwise with strides'),
     pytest.param({'use_bias': True}, id='bias'),
+    pytest.param({'size': (1, 1), 'features': 48}, id='1x1'),
+    pytest.param({'size': (1, 1), 'features': 8}, id='tall 1x1'),
+    pytest.param({'size': (1, 1), 'strides': 2, 'shape': (8, 21, 16, 32)}, id='1x1 with strides'),
   ],
 )
 def test_values_and_derivatives(changed, request):
@@ -83,8 +86,11 @@ def test_values_and_derivatives(changed, request):
     return y, back(dy), tangents, twice(variables, x, dy)
 
   assert calls(layer.apply, variables, x) == 1
-  back = calls(lambda x, dy: jax.vjp(lambda x: layer.apply(variables, x), x)[1](dy), x, dy)
-  assert back == (changed.get('strides', 1) == 1)
+  by_features = functools.partial(jax.linear_transpose, lambda x: layer.apply(variables, x), x)
+  product = changed.get('size') == (1, 1)
+  assert calls(lambda dy: by_features()(dy), dy) == (product or changed.get('strides', 1) == 1)
+  by_kernel = functools.partial(jax.linear_transpose, lambda v: layer.apply(v, x), variables)
+  assert changed.get('use_bias') or calls(lambda dy: by_kernel()(dy), dy) == product
   ours = jax.jit(all_of_it)(variables, x, dy)
   request.getfixturevalue('x64')
   wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (variables, x, dy))
@@ -114,8 +120,9 @@ def test_networks(name):
 
 
 @needs_onednn
-def test_in_a_loop_and_under_checkpoint():
-  layer, variables, x = layer_of(shape=(4, 17, 16, 32))
+@pytest.mark.parametrize('size', [(3, 3), (1, 1)])
+def test_in_a_loop_and_under_checkpoint(size):
+  layer, variables, x = layer_of(size=size, shape=(4, 17, 16, 32))
 
   def looped(x):
     rows = jax.lax.map(jax.checkpoint(lambda row: layer.apply(variables, row)), x[:, None])
@@ -132,9 +139,10 @@ def test_in_a_loop_and_under_checkpoint():
 
 
 @needs_onednn
-def test_each_with_its_own_kernel():
-  layer, _, x = layer_of()
-  kernels = random_features((3, 3, 3, 32, 32), dtype=np.float32)
+@pytest.mark.parametrize('size', [(3, 3), (1, 1)])
+def test_each_with_its_own_kernel(size):
+  layer, _, x = layer_of(size=size)
+  kernels = random_features((3, *size, 32, 32), dtype=np.float32)
 
   def apply(kernel, x):
     return layer.apply({'params': {'kernel': kernel}}, x)
@@ -144,8 +152,9 @@ def test_each_with_its_own_kernel():
 
 
 @needs_onednn
-def test_each_with_its_own_features():
-  layer, variables, x = layer_of()
+@pytest.mark.parametrize('size', [(3, 3), (1, 1)])
+def test_each_with_its_own_features(size):
+  layer, variables, x = layer_of(size=size)
   xs = jnp.stack([x, 2 * x, -x], 1)
   apply = functools.partial(layer.apply, variables)
 
@@ -160,10 +169,24 @@ def test_each_with_its_own_features():
 
 
 @needs_onednn
+def test_gradients_of_each_example():
+  layer, variables, x = layer_of(size=(1, 1), shape=(3, 24, 16, 32))
+
+  def gradient(x):
+    return jax.grad(lambda v: (layer.apply(v, x[None]) ** 2).sum())(variables)
+
+  ours = jax.jit(jax.vmap(gradient))(x)
+  alone = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(gradient(example) for example in x))
+  ours, alone = ravel_pytree(ours)[0], ravel_pytree(alone)[0]
+  assert np.linalg.norm(ours - alone) <= 1e-5 * np.linalg.norm(alone)
+
+
+@needs_onednn
 @pytest.mark.usefixtures('eight_devices')
 @pytest.mark.parametrize('kind', ['automatic', 'explicit', 'shard_map'])
-def test_not_divided_among_devices(kind):
-  layer, variables, x = layer_of(shape=(8, 17, 16, 32))
+@pytest.mark.parametrize('size', [(3, 3), (1, 1)])
+def test_not_divided_among_devices(kind, size):
+  layer, variables, x = layer_of(size=size, shape=(8, 17, 16, 32))
   axis = AxisType.Explicit if kind == 'explicit' else AxisType.Auto
   mesh = jax.make_mesh((8,), ('data',), axis_types=(axis,))
   function = functools.partial(layer.apply, variables)
@@ -185,14 +208,16 @@ def test_on_a_mesh_of_one_device():
   assert calls(functools.partial(layer.apply, variables), placed) == 1
 
 
-def test_few_places_are_left_to_xla():
-  layer, variables, x = layer_of(shape=(1, 15, 17, 32))
+@pytest.mark.parametrize('size', [(3, 3), (1, 1)])
+def test_few_places_are_left_to_xla(size):
+  layer, variables, x = layer_of(size=size, shape=(1, 15, 17, 32))
   assert calls(layer.apply, variables, x) == 0
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
-def test_other_types_are_left_to_xla(dtype):
-  layer, variables, x = layer_of(dtype=dtype)
+@pytest.mark.parametrize('size', [(3, 3), (1, 1)])
+def test_other_types_are_left_to_xla(size, dtype):
+  layer, variables, x = layer_of(size=size, dtype=dtype)
   assert calls(layer.apply, variables, x) == 0
 
 
@@ -227,7 +252,7 @@ def test_a_processor_without_it(monkeypatch):
 
 
 def test_a_call_that_xla_does_not_know(monkeypatch):
-  monkeypatch.setattr(onednn, '_TARGET', '__onednn$unknown')
+  monkeypatch.setattr(onednn_calls, 'TARGET', '__onednn$unknown_')
   assert not onednn.is_found.__wrapped__()
 
 
@@ -248,4 +273,17 @@ def test_no_cpu(monkeypatch):
 @needs_onednn
 def test_an_answer_that_is_wrong(monkeypatch):
   monkeypatch.setattr(onednn, '_by_hand', lambda *inputs, **how: np.zeros((2, 5, 4, 6)))
+  assert not onednn.is_found.__wrapped__()
+
+
+@needs_onednn
+@pytest.mark.parametrize('turned', ['first_turned', 'second_turned'])
+def test_a_product_that_is_wrong(monkeypatch, turned):
+  right = onednn.Product.__call__
+
+  def call(product, first, second):
+    result = right(product, first, second)
+    return -result if getattr(product, turned) else result
+
+  monkeypatch.setattr(onednn.Product, '__call__', call)
   assert not onednn.is_found.__wrapped__()
