@@ -29,6 +29,9 @@ from jax.sharding import AxisType
 from cbam_jax.errors import UserError
 from cbam_jax.layers import at_least_float32, by_platform, stored_relu
 
+# Of an axis that a CPU adds up element by element.
+_MOST_BLOCKS = 16
+
 
 def refine(
   x: jax.Array,
@@ -187,8 +190,9 @@ def _over_positions(
   x: jax.Array, sign: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   values = _wide(x)
+  total, squares = _two_sums(lambda v: (v, lax.square(v)), values)
   highest = _peak(values, sign, jnp.zeros_like(sign), 1)
-  return jnp.mean(values, 1), jnp.mean(lax.square(values), 1), *highest
+  return total / x.shape[1], squares / x.shape[1], *highest
 
 
 def _channel_pools_backward(squares: bool, pallas: bool, residuals: Any, cotangents: Any) -> Any:
@@ -272,7 +276,7 @@ def _gradient(dy: jax.Array, d_mean: jax.Array, d_peak: jax.Array, channel: jax.
 
 def _gradient_sums(x: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
   dy = _gradient(*inputs)
-  return jnp.sum(dy * x, 1), jnp.sum(dy, 1)
+  return _two_sums(lambda dy, x: (dy * x, dy), dy, x)
 
 
 spatial_pools.defvjp(_spatial_pools_forward, _spatial_pools_backward)
@@ -327,7 +331,7 @@ def _gate_and_add_backward(residuals: Any, d_out: jax.Array) -> Any:
   # Not `sum_ > 0`, which XLA would ask of the sum before the ReLU, and keep that too.
   du = d_out if sum_ is None else jnp.where(sum_ != 0, d_out, 0)
   wide = _wide(du)
-  d_gate = by_platform(wide, x, scale, offset, default=_gate_sum, cpu=_gate_products)
+  d_gate = by_platform(wide, x, scale, offset, default=_gate_sum, cpu=_gate_sum_by_blocks)
   return (
     (wide * gate).astype(x.dtype),
     jnp.zeros_like(scale),
@@ -345,19 +349,63 @@ def _gate_sum(du: jax.Array, x: jax.Array, scale: jax.Array, offset: jax.Array) 
   return jnp.sum(du * x * scale + du * offset, -1, keepdims=True)
 
 
-def _gate_products(du: jax.Array, x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
-  """The same as inner products: a CPU would store `scale` and `offset` for each position."""
+def _gate_sum_by_blocks(
+  du: jax.Array, x: jax.Array, scale: jax.Array, offset: jax.Array
+) -> jax.Array:
+  """The same by blocks: a CPU would store `scale` and `offset` for each position."""
+  n, *spatial, c = x.shape
+  flat, x = (v.reshape(n, math.prod(spatial), c) for v in (du, x))
+  scale, offset = (v.reshape(n, 1, c) for v in (scale, offset))
 
-  def product(v: jax.Array, vector: jax.Array) -> jax.Array:
-    n, *spatial, c = v.shape
-    flat, vector = v.reshape(n, math.prod(spatial), c), vector.reshape(n, c)
-    return jnp.einsum('npc,nc->np', flat, vector, precision=lax.Precision.HIGHEST)
+  def products(
+    du: jax.Array, x: jax.Array, scale: jax.Array, offset: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    return du * (x * scale), du * offset
 
-  total = product(du * x, scale) + product(du, offset)
+  total = jnp.add(*_two_sums_by_blocks(products, flat, x, scale, offset, axis=2))
   return total.reshape(*du.shape[:-1], 1)
 
 
-# --------------------------------------------------------------------------------- positions
+# --------------------------------------------------------------------------- sums and positions
+
+
+def _two_sums(
+  pair: Callable[..., tuple[jax.Array, jax.Array]], *inputs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The sums over positions of both that `pair` gives of `inputs`, element by element (N, P, C)."""
+
+  def summed(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    first, second = pair(*inputs)
+    return jnp.sum(first, 1), jnp.sum(second, 1)
+
+  by_blocks = functools.partial(_two_sums_by_blocks, pair, axis=1)
+  return by_platform(*inputs, default=summed, cpu=by_blocks)
+
+
+def _two_sums_by_blocks(
+  pair: Callable[..., tuple[jax.Array, jax.Array]], *inputs: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array]:
+  """The same over `axis`, 1 or 2, in one pass, where a CPU would make one for each.
+
+  The blocks of the axis are added up element by element; what that gives of the first sum and of
+  the second stand side by side, a choice that XLA computes in one loop and stores.
+  """
+  size = inputs[0].shape[axis]
+  count = next(b for b in range(_MOST_BLOCKS, 0, -1) if size % b == 0)
+  blocked = [v.reshape(*v.shape[:axis], count, -1, *v.shape[axis + 1 :]) for v in inputs]
+  pairs = [
+    pair(*(lax.index_in_dim(v, i, axis, keepdims=False) for v in blocked)) for i in range(count)
+  ]
+  first, second = (
+    jnp.expand_dims(functools.reduce(jnp.add, parts), 2) for parts in zip(*pairs, strict=True)
+  )
+  is_first = lax.broadcasted_iota(int, (*first.shape[:2], 2, first.shape[3]), 2) == 0
+  both = jnp.where(is_first, first, second)
+  if axis == 1:
+    both = jnp.sum(both, 1)
+    return both[:, 0], both[:, 1]
+  both = jnp.sum(both, 3)
+  return both[..., 0], both[..., 1]
 
 
 def _peak(

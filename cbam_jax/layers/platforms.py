@@ -7,10 +7,13 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+_Result = TypeVar('_Result')
 
 _portable = ContextVar('portable', default=False)
 
@@ -21,9 +24,9 @@ _ON_CPU = {_YNNPACK: 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_RED
 
 def by_platform(
   *inputs: jax.Array,
-  default: Callable[..., jax.Array],
-  **platforms: Callable[..., jax.Array],
-) -> jax.Array:
+  default: Callable[..., _Result],
+  **platforms: Callable[..., _Result],
+) -> _Result:
   """`lax.platform_dependent`, but the default alone if it is so or in `any_platform`."""
   if _portable.get() or not platforms:
     return default(*inputs)
