@@ -29,8 +29,9 @@ from jax.sharding import AxisType
 from cbam_jax.errors import UserError
 from cbam_jax.layers import at_least_float32, by_platform, stored_relu
 
-# Of an axis that a CPU adds up element by element.
-_MOST_BLOCKS = 16
+# Into which a CPU divides an axis to add them up. What fewer leave is too much to store, and more
+# are compiled longer for nothing.
+_FEWEST_BLOCKS, _MOST_BLOCKS = 7, 16
 
 
 def refine(
@@ -181,7 +182,11 @@ def _extreme(peak: jax.Array, values: jax.Array, sign: jax.Array) -> jax.Array:
 
 
 def _channel_pools_forward(x: jax.Array, sign: jax.Array, squares: bool, pallas: bool) -> Any:
-  mean, square, peak, position = _reduced(pallas, 'over_positions', _over_positions, x, sign)
+  if squares or pallas:
+    mean, square, *highest = _reduced(pallas, 'over_positions', _over_positions, x, sign)
+  else:
+    mean, highest = jnp.mean(_wide(x), 1), _peak(_wide(x), sign, jnp.zeros_like(sign), 1)
+  peak, position = highest
   outputs = mean, square if squares else None, _extreme(peak, _wide(x), sign)
   return outputs, (x, sign, position)
 
@@ -331,7 +336,7 @@ def _gate_and_add_backward(residuals: Any, d_out: jax.Array) -> Any:
   # Not `sum_ > 0`, which XLA would ask of the sum before the ReLU, and keep that too.
   du = d_out if sum_ is None else jnp.where(sum_ != 0, d_out, 0)
   wide = _wide(du)
-  d_gate = by_platform(wide, x, scale, offset, default=_gate_sum, cpu=_gate_sum_by_blocks)
+  d_gate = by_platform(wide, x, scale, offset, default=_gate_sum, cpu=_gate_sums)
   return (
     (wide * gate).astype(x.dtype),
     jnp.zeros_like(scale),
@@ -349,20 +354,17 @@ def _gate_sum(du: jax.Array, x: jax.Array, scale: jax.Array, offset: jax.Array) 
   return jnp.sum(du * x * scale + du * offset, -1, keepdims=True)
 
 
-def _gate_sum_by_blocks(
-  du: jax.Array, x: jax.Array, scale: jax.Array, offset: jax.Array
-) -> jax.Array:
-  """The same by blocks: a CPU would store `scale` and `offset` for each position."""
+def _gate_sums(du: jax.Array, x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
+  """The same as two sums: a CPU would store `scale` and `offset` for each position."""
   n, *spatial, c = x.shape
-  flat, x = (v.reshape(n, math.prod(spatial), c) for v in (du, x))
-  scale, offset = (v.reshape(n, 1, c) for v in (scale, offset))
+  inputs = [v.reshape(n, math.prod(v.shape[1:-1]), c) for v in (du, x, scale, offset)]
 
   def products(
     du: jax.Array, x: jax.Array, scale: jax.Array, offset: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     return du * (x * scale), du * offset
 
-  total = jnp.add(*_two_sums_by_blocks(products, flat, x, scale, offset, axis=2))
+  total = jnp.add(*_two_sums_by_blocks(products, *inputs, axis=2))
   return total.reshape(*du.shape[:-1], 1)
 
 
@@ -385,21 +387,28 @@ def _two_sums(
 def _two_sums_by_blocks(
   pair: Callable[..., tuple[jax.Array, jax.Array]], *inputs: jax.Array, axis: int
 ) -> tuple[jax.Array, jax.Array]:
-  """The same over `axis`, 1 or 2, in one pass, where a CPU would make one for each.
+  """The same over `axis`, 1 or 2, in one pass, where XLA's CPU backend makes one for each.
 
-  The blocks of the axis are added up element by element; what that gives of the first sum and of
-  the second stand side by side, a choice that XLA computes in one loop and stores.
+  The blocks of the axis are added up element by element. What that gives of the first sum and of
+  the second stand side by side: a choice, which XLA computes in one loop. The blocks of one sum
+  alone it would copy, for YNNPACK to add them up.
   """
   size = inputs[0].shape[axis]
   count = next(b for b in range(_MOST_BLOCKS, 0, -1) if size % b == 0)
-  blocked = [v.reshape(*v.shape[:axis], count, -1, *v.shape[axis + 1 :]) for v in inputs]
+  explicit = AxisType.Explicit in jax.typeof(inputs[0]).sharding.mesh.axis_types
+  if count < _FEWEST_BLOCKS or explicit:  # there, a device may hold some of the blocks
+    first, second = pair(*inputs)
+    return jnp.sum(first, axis), jnp.sum(second, axis)
+  blocked = [
+    v.reshape(*v.shape[:axis], count, v.shape[axis] // count, *v.shape[axis + 1 :]) for v in inputs
+  ]
   pairs = [
     pair(*(lax.index_in_dim(v, i, axis, keepdims=False) for v in blocked)) for i in range(count)
   ]
   first, second = (
     jnp.expand_dims(functools.reduce(jnp.add, parts), 2) for parts in zip(*pairs, strict=True)
   )
-  is_first = lax.broadcasted_iota(int, (*first.shape[:2], 2, first.shape[3]), 2) == 0
+  is_first = lax.broadcasted_iota(jnp.int32, (*first.shape[:2], 2, first.shape[3]), 2) == 0
   both = jnp.where(is_first, first, second)
   if axis == 1:
     both = jnp.sum(both, 1)

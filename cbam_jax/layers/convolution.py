@@ -60,16 +60,13 @@ def convolve(
   )
 
 
-def pointwise(
-  x: jax.Array, kernel: jax.Array, strides: int = 1, product: gradients.Convolve = jnp.dot
-) -> jax.Array:
-  """A 1x1 convolution as a matrix product.
+def pointwise(x: jax.Array, kernel: jax.Array, strides: int = 1) -> jax.Array:
+  """A 1x1 convolution as a matrix product, in the forms that a CPU computes fastest.
 
   Args:
     x: (N, *spatial, C).
     kernel: (*ones, C, F).
     strides: Step on every spatial axis.
-    product: Of matrices (P, C) and (C, F).
 
   Returns:
     (N, *ceil(spatial / strides), F).
@@ -77,20 +74,15 @@ def pointwise(
   x = x[:, *(slice(None, None, strides) for _ in x.shape[1:-1])]
   # Flat, or XLA copies and transposes an operand of the kernel's gradient.
   flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-  y = product(flat, kernel.reshape(kernel.shape[-2:]))
-  return y.reshape(*x.shape[:-1], kernel.shape[-1])
+  c, features = kernel.shape[-2:]
+  by_kernel = _product_transposed if c > features else jnp.dot
+  product = onednn.preferred_product(Forms(jnp.dot, jnp.dot, by_kernel))
+  return product(flat, kernel.reshape(c, features)).reshape(*x.shape[:-1], features)
 
 
-def fast_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The product of (P, C) and (C, F), with gradients in the forms that a CPU computes fastest."""
-  c, features = kernel.shape
-  by_kernel = _with_turned_gradient if c > features else jnp.dot
-  return onednn.preferred_product(Forms(jnp.dot, jnp.dot, by_kernel))(x, kernel)
-
-
-def _with_turned_gradient(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _product_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
   # A tall gradient by the kernel takes XLA longer than its transpose. The barrier keeps XLA from
-  # turning the gradient's product round again.
+  # transposing the gradient's product back.
   return jnp.dot(x, lax.optimization_barrier(kernel.T).T)
 
 
@@ -234,7 +226,7 @@ class Conv(nn.Module):
     elif all(size == 1 for size in self.kernel_size):
       # XLA's CPU convolution runs a 1x1 several times slower than the same matrix product. On a GPU
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
-      on['cpu'] = functools.partial(pointwise, strides=self.strides, product=fast_product)
+      on['cpu'] = functools.partial(pointwise, strides=self.strides)
     else:
       by_kernel = None
       if self.dilation == 1:

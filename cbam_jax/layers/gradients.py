@@ -39,7 +39,7 @@ Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Forms:
-  """A convolution in the form that gives it, and those of which its derivatives are taken.
+  """A convolution, or product, in the form that gives it and those of which it is derived.
 
   They are made for their transpose: forward mode, in a loop above all, and gradients that are not
   compiled cost more than with JAX's own.

@@ -31,7 +31,7 @@ from cbam_jax.layers.onednn_calls import Convolution, Product
 
 # From the first to below the last. A call that XLA reads otherwise ends the process.
 TRIED = (0, 9), (0, 11)
-# To so few places, a call takes longer than what is called.
+# To so few places, a call takes longer than XLA's own form.
 FEWEST_PLACES = 256
 
 Call: TypeAlias = Convolution | Product
@@ -61,7 +61,7 @@ def preferred(forms: Forms, strides: int, dilation: int, groups: int) -> Forms:
 
 
 def preferred_product(forms: Forms) -> Forms:
-  """A 1x1 convolution by oneDNN, with both gradients, where XLA can call it; `forms` elsewhere.
+  """A product of matrices by oneDNN, with both gradients, where XLA can call it; else in `forms`.
 
   Args:
     forms: The product of (P, C) and (C, F), of any P.
@@ -85,37 +85,33 @@ def is_found() -> bool:
   """Whether this XLA calls oneDNN as it is asked to here."""
   if not _was_tried():
     return False
-  # All that the calls tell: a step, a dilation, groups, sides that differ; which one is turned.
-  x, kernel, wide, tall = (
-    _whole_numbers(*shape) for shape in ((2, 9, 7, 4), (3, 5, 2, 6), (5, 7), (5, 3))
+  # All that the calls tell: a step, a dilation, groups, sides that differ; which is transposed.
+  rng = np.random.default_rng(0)
+  x, kernel, a, b = (
+    rng.integers(-4, 5, shape).astype(np.float32)
+    for shape in ((2, 9, 7, 4), (3, 5, 2, 6), (5, 7), (7, 3))
   )
   try:
     device = jax.local_devices(backend='cpu')[0]
     with jax.ensure_compile_time_eval(), jax.default_device(device), jax.transfer_guard('allow'):
-      y, turned, other = (
+      y, *products = (
         np.asarray(jax.jit(call).lower(*operands).compile()(*operands))
         for call, *operands in (
           (Convolution(strides=2, dilation=2, groups=2), x, kernel),
-          (Product(first_turned=True), wide, tall),
-          (Product(second_turned=True), wide, tall.T @ wide),
+          (Product(), a, b),
+          (Product(transpose_first=True), a.T, b),
+          (Product(transpose_second=True), a, b.T),
         )
       )
   except RuntimeError:  # no such device, or no such call
     return False
-  return (
-    np.array_equal(y, _by_hand(x, kernel, strides=2, dilation=2, groups=2))
-    and np.array_equal(turned, wide.T @ tall)
-    and np.array_equal(other, wide @ wide.T @ tall)
-  )
+  convolved = _by_hand(x, kernel, strides=2, dilation=2, groups=2)
+  return np.array_equal(y, convolved) and all(np.array_equal(v, a @ b) for v in products)
 
 
 def _was_tried() -> bool:
   version = tuple(int(part) for part in jaxlib.__version__.split('.')[:3] if part.isdecimal())
   return TRIED[0] <= version < TRIED[1] and platform.machine().lower() in ('x86_64', 'amd64')
-
-
-def _whole_numbers(*shape: int) -> np.ndarray:
-  return np.random.default_rng(0).integers(-4, 5, shape).astype(np.float32)
 
 
 def _by_hand(
@@ -135,7 +131,7 @@ def _by_hand(
 
 def _bound(x: jax.Array, kernel: jax.Array, call: Call, otherwise: Convolve) -> jax.Array:
   """`otherwise(x, kernel)`, or the call if it can be made."""
-  fits = x.dtype == kernel.dtype == jnp.float32 and (x.ndim, kernel.ndim) in ((4, 4), (2, 2))
+  fits = x.dtype == kernel.dtype == jnp.float32 and x.ndim == kernel.ndim == call.rank
   fits = fits and all(isinstance(size, int) and size > 0 for size in x.shape)
   fits = fits and math.prod(call.shape(x.shape, kernel.shape)[:-1]) >= FEWEST_PLACES
   kinds = jax.typeof(x).sharding.mesh.axis_types
@@ -192,28 +188,33 @@ def _back_to_first(
 
   def back(dz: jax.Array, y: jax.Array) -> jax.Array:
     # Under vmap there may be more examples.
-    count = dz.shape[:1] if call.of_examples else shape[:1]
+    count = dz.shape[:1] if call.keeps_rows else shape[:1]
     like = jax.ShapeDtypeStruct((*count, *shape[1:]), dz.dtype)
     (dx,) = jax.linear_transpose(lambda x: otherwise(x, y), like)(dz)
     return dx
 
-  turned = call.back_to_first()
-  if turned is None:
+  called = call.back_to_first()
+  if called is None:
     return back(dz, y)
-  return _either().bind(dz, y, call=turned, otherwise=back)
+  return _either().bind(dz, y, call=called, otherwise=back)
 
 
 def _back_to_second(
   dz: jax.Array, x: jax.Array, y: ad.UndefinedPrimal, *, call: Call, otherwise: Convolve
 ) -> jax.Array:
+  shape = y.aval.shape
+
   def back(x: jax.Array, dz: jax.Array) -> jax.Array:
-    (dy,) = jax.linear_transpose(lambda y: otherwise(x, y), y.aval)(dz)
+    # Where rows are summed over, under vmap there may be more of them in both operands.
+    count = shape[:1] if call.keeps_rows else x.shape[:1]
+    like = jax.ShapeDtypeStruct((*count, *shape[1:]), dz.dtype)
+    (dy,) = jax.linear_transpose(lambda y: otherwise(x, y), like)(dz)
     return dy
 
-  turned = call.back_to_second()
-  if turned is None:
+  called = call.back_to_second()
+  if called is None:
     return back(x, dz)
-  return _either().bind(x, dz, call=turned, otherwise=back)
+  return _either().bind(x, dz, call=called, otherwise=back)
 
 
 def _batched(
@@ -225,7 +226,7 @@ def _batched(
 ) -> tuple[jax.Array, int]:
   x, y = operands
   axis, of_second = axes
-  if axis is None or of_second is not None or not call.of_examples:
+  if axis is None or of_second is not None or not call.keeps_rows:
     return jax.vmap(otherwise, axes)(x, y), 0
   x = jnp.moveaxis(x, axis, 0)
   z = _either().bind(x.reshape(-1, *x.shape[2:]), y, call=call, otherwise=otherwise)

@@ -1,7 +1,7 @@
-"""The custom calls by which XLA's CPU backend calls oneDNN, of two arrays each.
+"""The custom calls by which XLA's CPU backend calls oneDNN, of two arrays each, float32.
 
 Their form is XLA's own, and no compiler checks it: see `cbam_jax.layers.onednn` for when they may
-be used. Of their derivatives they know those that are calls as well.
+be used. Each is linear in either operand, and knows which of its transposes are calls as well.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax import lax
@@ -35,13 +35,15 @@ class Convolution:
   groups: int
   flipped: bool = False
 
+  rank: ClassVar[int] = 4
+
   def shape(self, x: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
     """The result's, for operands of these shapes."""
     features = self.groups * kernel[2] if self.flipped else kernel[3]
     return x[0], *(math.ceil(size / self.strides) for size in x[1:3]), features
 
   def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """XLA's call; float32."""
+    """XLA's call."""
     shape = self.shape(x.shape, kernel.shape)
     if self.flipped:
       # In each group, the channels that come in and the features change places.
@@ -67,8 +69,8 @@ class Convolution:
     return _call('convolution', {'onednn_conv_config': told}, shape, x, kernel)
 
   @property
-  def of_examples(self) -> bool:
-    """Whether the first axis of the first operand is that of the result, whatever its size."""
+  def keeps_rows(self) -> bool:
+    """Whether rows (the first axis) of the first operand give those of the result, however many."""
     return True
 
   def back_to_first(self) -> Convolution | None:
@@ -77,42 +79,45 @@ class Convolution:
 
   def back_to_second(self) -> None:
     """The call from the first operand and the result's cotangent to the second's: there is none."""
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-  """Of two matrices.
+  """The product of two matrices, (A, B) and (B, C) to (A, C).
 
   Attributes:
-    first_turned: Whether the first operand is transposed before it is multiplied.
-    second_turned: Whether the second is.
+    transpose_first: Whether the first operand comes as (B, A).
+    transpose_second: Whether the second operand comes as (C, B).
   """
 
-  first_turned: bool = False
-  second_turned: bool = False
+  transpose_first: bool = False
+  transpose_second: bool = False
+
+  rank: ClassVar[int] = 2
 
   def shape(self, first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
     """The result's, for operands of these shapes."""
-    return first[int(self.first_turned)], second[int(not self.second_turned)]
+    return first[int(self.transpose_first)], second[int(not self.transpose_second)]
 
   def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
-    """XLA's call; float32."""
-    told = {'transpose_a': self.first_turned, 'transpose_b': self.second_turned}
+    """XLA's call."""
+    told = {'transpose_a': self.transpose_first, 'transpose_b': self.transpose_second}
     shape = self.shape(first.shape, second.shape)
     return _call('matmul', {'onednn_matmul_config': told}, shape, first, second)
 
   @property
-  def of_examples(self) -> bool:
-    """Whether the first axis of the first operand is that of the result, whatever its size."""
-    return not self.first_turned
+  def keeps_rows(self) -> bool:
+    """Whether rows (the first axis) of the first operand give those of the result, however many."""
+    return not self.transpose_first
 
   def back_to_first(self) -> Product | None:
     """The call from the result's cotangent and the second operand to the first's; None for none."""
-    return None if self.first_turned else Product(False, not self.second_turned)
+    return None if self.transpose_first else Product(False, not self.transpose_second)
 
   def back_to_second(self) -> Product | None:
     """The call from the first operand and the result's cotangent to the second's; None for none."""
-    return None if self.second_turned else Product(not self.first_turned, False)
+    return None if self.transpose_second else Product(not self.transpose_first, False)
 
 
 def _call(

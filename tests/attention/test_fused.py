@@ -99,12 +99,13 @@ def outputs(ending, x, shortcut, train):
     ('auto', (4, 6, 5, 8), None, True),
     ('auto', (4, 6, 5, 8), None, False),
     ('auto', (4, 6, 5, 8), 2, True),
+    ('auto', (4, 17, 1, 6), None, True),
     ('pallas', (4, 6, 5, 8), None, True),
     pytest.param('auto', (4, 7, 8), None, True, marks=pytest.mark.slow),
     pytest.param('auto', (2, 3, 4, 5, 8), None, True, marks=pytest.mark.slow),
     pytest.param('pallas', (4, 6, 5, 8), 2, False, marks=pytest.mark.slow),
   ],
-  ids=['2d', '2d-eval', '2d-groups', 'pallas', '1d', '3d', 'pallas-groups-eval'],
+  ids=['2d', '2d-eval', '2d-groups', '2d-no-blocks', 'pallas', '1d', '3d', 'pallas-groups-eval'],
 )
 def test_equals_the_definition(x64, implementation, shape, group_size, train):
   x, shortcut = inputs(shape, jnp.float64)
