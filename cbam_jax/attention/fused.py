@@ -31,7 +31,7 @@ from cbam_jax.layers import at_least_float32, by_platform, stored_relu
 
 # Into which a CPU divides an axis to add them up. What fewer leave is too much to store, and more
 # are compiled longer for nothing.
-_FEWEST_BLOCKS, _MOST_BLOCKS = 7, 16
+_FEWEST_BLOCKS, _MOST_BLOCKS = 5, 8
 
 
 def refine(

@@ -21,7 +21,7 @@ def keep_compiled_programs() -> None:
   written, a warning says so and nothing is kept.
 
   On a CPU that calls oneDNN nothing is kept, unless that variable says where: XLA cannot store what
-  calls it, and whoever lets it store programs has its own, slower convolutions.
+  calls it, and whoever lets it store programs has its own, slower convolutions and products.
 
   This asks for JAX's devices: not before `jax.distributed.initialize`.
   """
