@@ -26,12 +26,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
+from cbam_jax.attention.reductions import affine_maximum, two_sums, two_sums_by_blocks
 from cbam_jax.errors import UserError
 from cbam_jax.layers import at_least_float32, by_platform, stored_relu
-
-# Into which a CPU divides an axis to add them up. What fewer leave is too much to store, and more
-# are compiled longer for nothing.
-_FEWEST_BLOCKS, _MOST_BLOCKS = 5, 8
 
 
 def refine(
@@ -185,7 +182,7 @@ def _channel_pools_forward(x: jax.Array, sign: jax.Array, squares: bool, pallas:
   if squares or pallas:
     mean, square, *highest = _reduced(pallas, 'over_positions', _over_positions, x, sign)
   else:
-    mean, highest = jnp.mean(_wide(x), 1), _peak(_wide(x), sign, jnp.zeros_like(sign), 1)
+    mean, highest = jnp.mean(_wide(x), 1), affine_maximum(_wide(x), sign, jnp.zeros_like(sign), 1)
   peak, position = highest
   outputs = mean, square if squares else None, _extreme(peak, _wide(x), sign)
   return outputs, (x, sign, position)
@@ -195,8 +192,8 @@ def _over_positions(
   x: jax.Array, sign: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   values = _wide(x)
-  total, squares = _two_sums(lambda v: (v, lax.square(v)), values)
-  highest = _peak(values, sign, jnp.zeros_like(sign), 1)
+  total, squares = two_sums(lambda v: (v, lax.square(v)), values)
+  highest = affine_maximum(values, sign, jnp.zeros_like(sign), 1)
   return total / x.shape[1], squares / x.shape[1], *highest
 
 
@@ -261,7 +258,7 @@ def _over_channels(
   x: jax.Array, scale: jax.Array, offset: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   values = _wide(x)
-  return _mean(values, scale, offset), *_peak(values, scale, offset, 2)
+  return _mean(values, scale, offset), *affine_maximum(values, scale, offset, 2)
 
 
 def _spatial_pools_backward(pallas: bool, residuals: Any, cotangents: Any) -> Any:
@@ -281,7 +278,7 @@ def _gradient(dy: jax.Array, d_mean: jax.Array, d_peak: jax.Array, channel: jax.
 
 def _gradient_sums(x: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
   dy = _gradient(*inputs)
-  return _two_sums(lambda dy, x: (dy * x, dy), dy, x)
+  return two_sums(lambda dy, x: (dy * x, dy), dy, x)
 
 
 spatial_pools.defvjp(_spatial_pools_forward, _spatial_pools_backward)
@@ -364,84 +361,5 @@ def _gate_sums(du: jax.Array, x: jax.Array, scale: jax.Array, offset: jax.Array)
   ) -> tuple[jax.Array, jax.Array]:
     return du * (x * scale), du * offset
 
-  total = jnp.add(*_two_sums_by_blocks(products, *inputs, axis=2))
+  total = jnp.add(*two_sums_by_blocks(products, *inputs, axis=2))
   return total.reshape(*du.shape[:-1], 1)
-
-
-# --------------------------------------------------------------------------- sums and positions
-
-
-def _two_sums(
-  pair: Callable[..., tuple[jax.Array, jax.Array]], *inputs: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """The sums over positions of both that `pair` gives of `inputs`, element by element (N, P, C)."""
-
-  def summed(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    first, second = pair(*inputs)
-    return jnp.sum(first, 1), jnp.sum(second, 1)
-
-  by_blocks = functools.partial(_two_sums_by_blocks, pair, axis=1)
-  return by_platform(*inputs, default=summed, cpu=by_blocks)
-
-
-def _two_sums_by_blocks(
-  pair: Callable[..., tuple[jax.Array, jax.Array]], *inputs: jax.Array, axis: int
-) -> tuple[jax.Array, jax.Array]:
-  """The same over `axis`, 1 or 2, in one pass, where XLA's CPU backend makes one for each.
-
-  The blocks of the axis are added up element by element. What that gives of the first sum and of
-  the second stand side by side: a choice, which XLA computes in one loop. The blocks of one sum
-  alone it would copy, for YNNPACK to add them up.
-  """
-  size = inputs[0].shape[axis]
-  count = next(b for b in range(_MOST_BLOCKS, 0, -1) if size % b == 0)
-  explicit = AxisType.Explicit in jax.typeof(inputs[0]).sharding.mesh.axis_types
-  if count < _FEWEST_BLOCKS or explicit:  # there, a device may hold some of the blocks
-    first, second = pair(*inputs)
-    return jnp.sum(first, axis), jnp.sum(second, axis)
-  blocked = [
-    v.reshape(*v.shape[:axis], count, v.shape[axis] // count, *v.shape[axis + 1 :]) for v in inputs
-  ]
-  pairs = [
-    pair(*(lax.index_in_dim(v, i, axis, keepdims=False) for v in blocked)) for i in range(count)
-  ]
-  first, second = (
-    jnp.expand_dims(functools.reduce(jnp.add, parts), 2) for parts in zip(*pairs, strict=True)
-  )
-  is_first = lax.broadcasted_iota(jnp.int32, (*first.shape[:2], 2, first.shape[3]), 2) == 0
-  both = jnp.where(is_first, first, second)
-  if axis == 1:
-    both = jnp.sum(both, 1)
-    return both[:, 0], both[:, 1]
-  both = jnp.sum(both, 3)
-  return both[..., 0], both[..., 1]
-
-
-def _peak(
-  x: jax.Array, scale: jax.Array, offset: jax.Array, axis: int
-) -> tuple[jax.Array, jax.Array]:
-  """The maximum of `x * scale + offset` along `axis` and its position, the first of equals.
-
-  In two steps: the block that holds it, then its place in that block. On a CPU, XLA finds a
-  position element by element, but a maximum in vectors.
-  """
-  size = x.shape[axis]
-  inside = next(b for b in range(math.isqrt(size), 0, -1) if size % b == 0)
-
-  def split(v: jax.Array) -> jax.Array:
-    blocks = (size // inside, inside) if v.shape[axis] == size else (1, 1)
-    return v.reshape(*v.shape[:axis], *blocks, *v.shape[axis + 1 :])
-
-  x, scale, offset = split(x), split(scale), split(offset)
-  peaks = jnp.max(x * scale + offset, axis + 1, keepdims=True)
-  block = jnp.argmax(peaks, axis, keepdims=True)
-
-  def chosen(v: jax.Array) -> jax.Array:
-    if v.shape[axis] == 1:
-      return v
-    return jnp.take_along_axis(v, block, axis, mode='promise_in_bounds')
-
-  inner = chosen(x) * chosen(scale) + chosen(offset)
-  place = jnp.argmax(inner, axis + 1, keepdims=True)
-  both = (axis, axis + 1)
-  return jnp.max(inner, both), jnp.squeeze(block * inside + place, both)

@@ -14,7 +14,8 @@ from jax.experimental import pallas
 
 from cbam_jax import CBAM, attention
 from cbam_jax.attention import cbam, fused
-from cbam_jax.attention.fused import _peak, channel_pools, spatial_pools
+from cbam_jax.attention.fused import channel_pools, spatial_pools
+from cbam_jax.attention.reductions import affine_maximum
 from cbam_jax.errors import UserError
 from cbam_jax.layers import BatchNorm
 from cbam_jax.models import ResNet
@@ -255,7 +256,7 @@ def test_ties_go_to_the_first(axis, size):
   shape = (2, size, 3) if axis == 1 else (2, 3, size)
   x = jnp.round(jax.random.normal(jax.random.key(size), shape))
   one = jnp.ones((1, 1, shape[2]))
-  peak, position = jax.jit(_peak, static_argnums=3)(x, one, jnp.zeros_like(one), axis)
+  peak, position = jax.jit(affine_maximum, static_argnums=3)(x, one, jnp.zeros_like(one), axis)
   np.testing.assert_array_equal(peak, np.max(x, axis))
   np.testing.assert_array_equal(position, np.argmax(x, axis))
 
