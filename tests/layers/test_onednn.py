@@ -22,11 +22,13 @@ CACHE = 'jax_compilation_cache_dir'
 @pytest.fixture(autouse=True)
 def _no_cache():
   """A program that is kept does not call oneDNN."""
-  before = jax.config.values[CACHE]
+  before = {name: jax.config.values[name] for name in (CACHE, 'jax_enable_compilation_cache')}
   compilation_cache.reset_cache()
   jax.config.update(CACHE, None)
+  jax.config.update('jax_enable_compilation_cache', True)
   yield
-  jax.config.update(CACHE, before)
+  for name, value in before.items():
+    jax.config.update(name, value)
   compilation_cache.reset_cache()
 
 
