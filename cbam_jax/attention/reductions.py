@@ -30,13 +30,10 @@ def two_sums(
   Returns:
     Both sums, (N, C).
   """
-
-  def summed(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    first, second = pair(*inputs)
-    return jnp.sum(first, 1), jnp.sum(second, 1)
-
-  by_blocks = functools.partial(two_sums_by_blocks, pair, axis=1)
-  return by_platform(*inputs, default=summed, cpu=by_blocks)
+  default, by_blocks = (
+    functools.partial(form, pair, axis=1) for form in (_two_sums_apart, two_sums_by_blocks)
+  )
+  return by_platform(*inputs, default=default, cpu=by_blocks)
 
 
 def two_sums_by_blocks(
@@ -53,8 +50,7 @@ def two_sums_by_blocks(
   count = next(b for b in range(_MOST_BLOCKS, 0, -1) if size % b == 0)
   explicit = AxisType.Explicit in jax.typeof(inputs[0]).sharding.mesh.axis_types
   if count < _FEWEST_BLOCKS or explicit:  # there, a device may hold some of the blocks
-    first, second = pair(*inputs)
-    return jnp.sum(first, axis), jnp.sum(second, axis)
+    return _two_sums_apart(pair, *inputs, axis=axis)
   blocked = [
     v.reshape(*v.shape[:axis], count, v.shape[axis] // count, *v.shape[axis + 1 :]) for v in inputs
   ]
@@ -71,6 +67,13 @@ def two_sums_by_blocks(
     return both[:, 0], both[:, 1]
   both = jnp.sum(both, 3)
   return both[..., 0], both[..., 1]
+
+
+def _two_sums_apart(
+  pair: Callable[..., tuple[jax.Array, jax.Array]], *inputs: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array]:
+  first, second = pair(*inputs)
+  return jnp.sum(first, axis), jnp.sum(second, axis)
 
 
 def affine_maximum(
