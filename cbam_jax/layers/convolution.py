@@ -228,13 +228,10 @@ class Conv(nn.Module):
       # XLA may fail to compile a product whose operand takes steps, and cuDNN fuses more.
       on['cpu'] = functools.partial(pointwise, strides=self.strides)
     else:
-      by_kernel = None
       if self.dilation == 1:
         on |= few_channels.faster(x, kernel, self.strides)
-        if gradients.products_are_faster(x, kernel, self.strides):
-          by_kernel = functools.partial(gradients.by_products, strides=self.strides)
       if on.get('cpu') is not few_channels.by_rows:  # which is a product, fast in any order
-        forms = gradients.in_order(ungrouped, on.get('cpu'), by_kernel)
+        forms = gradients.in_order(ungrouped, on.get('cpu'))
     if forms:
       on['cpu'] = onednn.preferred(forms, self.strides, self.dilation, self.groups)
     return by_platform(x, kernel, default=by_xla, **on)

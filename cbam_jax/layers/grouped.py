@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbam_jax.layers import gradients
 from cbam_jax.layers.dtypes import at_least_float32
 from cbam_jax.layers.gradients import Convolve, Forms
 
@@ -28,7 +27,7 @@ MOST_TAPS = MOST_BLOCKS = 64
 def faster(
   x: jax.Array, kernel: jax.Array, groups: int, convolve: Forms, strides: int, dilation: int
 ) -> Forms | None:
-  """Which of the two below computes the convolution of `x`; None if neither does.
+  """Which of those below computes the convolution of `x`; None if none does.
 
   Args:
     x: (N, *spatial, C).
@@ -44,8 +43,8 @@ def faster(
     by_itself = functools.partial(depthwise, strides=strides, dilation=dilation)
     # Computed again for the gradient, which would else store a copy of the features for each tap.
     by_kernel = jax.checkpoint(by_itself)
-    if dilation == 1 and gradients.has_rows(x, strides):
-      by_kernel = functools.partial(gradients.by_taps, strides=strides)
+    if dilation == 1 and _has_turns(x, strides):
+      by_kernel = functools.partial(depthwise_by_rows, strides=strides)
     spread = functools.partial(depthwise_spread, strides=strides, dilation=dilation)
     return Forms(by_itself, spread, by_kernel)
   together = max(n for n in range(1, max(1, BLOCK // c) + 1) if groups % n == 0)
@@ -113,6 +112,81 @@ def depthwise_spread(x: jax.Array, kernel: jax.Array, strides: int, dilation: in
     for side, size in zip(sides, _read(x, strides), strict=True)
   )
   return y[:, *inside].astype(x.dtype)
+
+
+def depthwise_by_rows(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
+  """`depthwise` without dilation, a few rows at a time, for the gradient by the kernel.
+
+  That gradient is a sum over all places for each tap. XLA's CPU backend adds up fastest what an
+  expression spells out: here pieces of a few rows, which stay in the caches from tap to tap.
+
+  Args:
+    x: (N, H, W, C).
+    kernel: (K, L, 1, C), odd sides; padded by half of each.
+    strides: Step on both spatial axes.
+
+  Returns:
+    (N, ceil(H / strides), ceil(W / strides), C).
+  """
+  n, height, width, c = x.shape
+  rows, columns, _, _ = kernel.shape
+  out_height, out_width = -(-height // strides), -(-width // strides)
+  pieces, down = _pieces_and_rows(out_width)
+  piece, turns = -(-out_width // pieces), -(-out_height // down)
+  below = max(0, strides * (down * turns - 1) + rows // 2 + 1 - height)
+  right = max(0, strides * (pieces * piece - 1) + columns // 2 + 1 - width)
+  x = jnp.pad(x, [(0, 0), (rows // 2, below), (columns // 2, right), (0, 0)])
+  # Each an array of its own, and so its gradient, which is summed up at the end.
+  kernel = kernel.astype(at_least_float32(x.dtype)).reshape(-1, c)
+  taps = [jnp.broadcast_to(tap, (n, 1, piece, c)) for tap in kernel]
+
+  # Checkpointed, or what the taps read would be stored for all rows.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def some_rows(first: jax.Array) -> jax.Array:
+    near = lax.dynamic_slice_in_dim(x, strides * first, strides * (down - 1) + rows, 1)
+
+    def convolved(row: int, place: int) -> jax.Array:
+      parts = []
+      for (i, j), tap in zip(itertools.product(range(rows), range(columns)), taps, strict=True):
+        first, last = place + j, place + j + strides * (piece - 1)
+        parts.append(near[:, row + i : row + i + 1, first : last + 1 : strides] * tap)
+      return functools.reduce(jnp.add, parts)
+
+    def whole(row: int) -> jax.Array:
+      places = range(0, strides * pieces * piece, strides * piece)
+      return jnp.concatenate([convolved(row, place) for place in places], 2)[:, :, :out_width]
+
+    return jnp.concatenate([whole(strides * row) for row in range(down)], 1)
+
+  def add_rows(y: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
+    # Written so that its transpose is a slice.
+    return y + lax.dynamic_update_slice_in_dim(jnp.zeros_like(y), some_rows(first), first, 1), None
+
+  # Made of the features, so that each device has those of its examples.
+  y = jnp.zeros_like(x[:, : down * turns, :out_width], kernel.dtype)
+  y, _ = lax.scan(add_rows, y, down * jnp.arange(turns))
+  return y[:, :out_height].astype(x.dtype)
+
+
+def _pieces_and_rows(width: int) -> tuple[int, int]:
+  """Into how many pieces `depthwise_by_rows` cuts a row of its result, and how many rows it takes.
+
+  Together they are at least 16 pieces: what an expression reads 15 times or fewer, XLA does not
+  store, but computes again in every place.
+  """
+  pieces = -(-width // -(-width // 14))
+  return pieces, 2 * -(-8 // pieces)
+
+
+def _has_turns(x: jax.Array, strides: int) -> bool:
+  """Whether features (N, *spatial, C) have rows enough for `depthwise_by_rows`."""
+  # Older releases fail to transpose a loop within a choice of platforms.
+  loops = jax.__version_info__ >= (0, 10)
+  known = all(isinstance(size, int) for size in x.shape)
+  if not (loops and known and x.ndim == 4 and x.size > 0):
+    return False
+  out_height, out_width = (-(-size // strides) for size in x.shape[1:3])
+  return out_height > _pieces_and_rows(out_width)[1]
 
 
 def by_blocks(
