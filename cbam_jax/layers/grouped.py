@@ -148,8 +148,8 @@ def depthwise_by_rows(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Arra
     def convolved(row: int, place: int) -> jax.Array:
       parts = []
       for (i, j), tap in zip(itertools.product(range(rows), range(columns)), taps, strict=True):
-        first, last = place + j, place + j + strides * (piece - 1)
-        parts.append(near[:, row + i : row + i + 1, first : last + 1 : strides] * tap)
+        start, last = place + j, place + j + strides * (piece - 1)
+        parts.append(near[:, row + i : row + i + 1, start : last + 1 : strides] * tap)
       return functools.reduce(jnp.add, parts)
 
     def whole(row: int) -> jax.Array:
