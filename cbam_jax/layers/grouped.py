@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from cbam_jax.layers.dtypes import at_least_float32
 from cbam_jax.layers.gradients import Convolve, Forms
@@ -20,7 +21,7 @@ from cbam_jax.layers.gradients import Convolve, Forms
 # Narrower groups are computed together, up to so many channels: most of the products are then with
 # zeros, but Eigen's convolution of so few channels is bound by how it reads them.
 BLOCK = 16
-# Each tap, and each block, is compiled apart.
+# Each tap, and each block, is compiled apart: in the gradient of a kernel some 20 times.
 MOST_TAPS = MOST_BLOCKS = 64
 
 
@@ -43,7 +44,7 @@ def faster(
     by_itself = functools.partial(depthwise, strides=strides, dilation=dilation)
     # Computed again for the gradient, which would else store a copy of the features for each tap.
     by_kernel = jax.checkpoint(by_itself)
-    if dilation == 1 and _has_turns(x, strides):
+    if dilation == 1 and _by_rows_is_faster(x, strides):
       by_kernel = functools.partial(depthwise_by_rows, strides=strides)
     spread = functools.partial(depthwise_spread, strides=strides, dilation=dilation)
     return Forms(by_itself, spread, by_kernel)
@@ -118,7 +119,8 @@ def depthwise_by_rows(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Arra
   """`depthwise` without dilation, a few rows at a time, for the gradient by the kernel.
 
   That gradient is a sum over all places for each tap. XLA's CPU backend adds up fastest what an
-  expression spells out: here pieces of a few rows, which stay in the caches from tap to tap.
+  expression spells out: here pieces of a few rows, which of a small batch stay in the caches from
+  tap to tap.
 
   Args:
     x: (N, H, W, C).
@@ -128,7 +130,7 @@ def depthwise_by_rows(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Arra
   Returns:
     (N, ceil(H / strides), ceil(W / strides), C).
   """
-  n, height, width, c = x.shape
+  _, height, width, c = x.shape
   rows, columns, _, _ = kernel.shape
   out_height, out_width = -(-height // strides), -(-width // strides)
   pieces, down = _pieces_and_rows(out_width)
@@ -136,9 +138,10 @@ def depthwise_by_rows(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Arra
   below = max(0, strides * (down * turns - 1) + rows // 2 + 1 - height)
   right = max(0, strides * (pieces * piece - 1) + columns // 2 + 1 - width)
   x = jnp.pad(x, [(0, 0), (rows // 2, below), (columns // 2, right), (0, 0)])
-  # Each an array of its own, and so its gradient, which is summed up at the end.
-  kernel = kernel.astype(at_least_float32(x.dtype)).reshape(-1, c)
-  taps = [jnp.broadcast_to(tap, (n, 1, piece, c)) for tap in kernel]
+  # Each an array of its own, and so is its gradient, of every example and column apart until the
+  # end. Made of the features, it lies on the device where they do.
+  kernel = kernel.astype(at_least_float32(x.dtype)).reshape(-1, 1, 1, 1, c)
+  taps = [jnp.zeros_like(x[:, :1, :piece], kernel.dtype) + tap for tap in kernel]
 
   # Checkpointed, or what the taps read would be stored for all rows.
   @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -162,8 +165,8 @@ def depthwise_by_rows(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Arra
     # Written so that its transpose is a slice.
     return y + lax.dynamic_update_slice_in_dim(jnp.zeros_like(y), some_rows(first), first, 1), None
 
-  # Made of the features, so that each device has those of its examples.
   y = jnp.zeros_like(x[:, : down * turns, :out_width], kernel.dtype)
+  y += jnp.zeros_like(kernel[0])  # in a shard_map, what varies with the kernel does so too
   y, _ = lax.scan(add_rows, y, down * jnp.arange(turns))
   return y[:, :out_height].astype(x.dtype)
 
@@ -178,15 +181,17 @@ def _pieces_and_rows(width: int) -> tuple[int, int]:
   return pieces, 2 * -(-8 // pieces)
 
 
-def _has_turns(x: jax.Array, strides: int) -> bool:
-  """Whether features (N, *spatial, C) have rows enough for `depthwise_by_rows`."""
+def _by_rows_is_faster(x: jax.Array, strides: int) -> bool:
+  """Whether the gradient of (N, *spatial, C) is taken by `depthwise_by_rows`."""
   # Older releases fail to transpose a loop within a choice of platforms.
   loops = jax.__version_info__ >= (0, 10)
   known = all(isinstance(size, int) for size in x.shape)
-  if not (loops and known and x.ndim == 4 and x.size > 0):
+  # The axis that is cut may lie on several devices there.
+  explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+  if explicit or not (loops and known and x.ndim == 4 and x.size > 0):
     return False
   out_height, out_width = (-(-size // strides) for size in x.shape[1:3])
-  return out_height > _pieces_and_rows(out_width)[1]
+  return out_height > 2 * _pieces_and_rows(out_width)[1]
 
 
 def by_blocks(

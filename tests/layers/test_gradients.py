@@ -14,10 +14,18 @@ from tests.layers.random_variables import random_features, random_variables
 from tests.marks import first
 
 
-# Rows that are taken two by two, and others; fewer than two; a kernel of one row.
+# One turn and several, rows that come out even and not, pieces of one column and of more, the last
+# of which is not full; a kernel of one row, one higher than the image.
 @pytest.mark.parametrize(
   ('size', 'sides', 'strides'),
-  [((9, 5), (3, 3), 1), ((8, 6), (3, 7), 2), ((8, 5), (1, 3), 3), ((1, 4), (5, 1), 2)],
+  [
+    ((9, 5), (3, 3), 1),
+    ((8, 6), (3, 7), 2),
+    ((8, 5), (1, 3), 3),
+    ((1, 4), (5, 1), 2),
+    ((5, 17), (3, 3), 1),
+    ((9, 33), (3, 5), 2),
+  ],
 )
 def test_depthwise_by_rows(size, sides, strides, x64):
   x, kernel = random_features((2, *size, 3)), random_features((*sides, 1, 3))

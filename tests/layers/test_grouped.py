@@ -79,19 +79,20 @@ def test_bfloat16_sums_in_float32(groups):
   np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-3)
 
 
-def test_a_bfloat16_gradient_sums_in_float32():
+def test_bfloat16_gradients_sum_in_float32():
   x = jax.random.normal(jax.random.key(0), (2, 9, 9, 32), jnp.bfloat16)
   conv = Conv(32, (5, 5), groups=32)
   variables = jax.tree.map(lambda v: v.astype(jnp.bfloat16), random_variables(conv, x))
 
   def gradient(variables, x):
     cotangent = jax.random.normal(jax.random.key(1), x.shape, jnp.bfloat16).astype(x.dtype)
-    return jax.vjp(functools.partial(conv.apply, variables), x)[1](cotangent)[0]
+    return jax.vjp(conv.apply, variables, x)[1](cotangent)
 
   exact = gradient(*jax.tree.map(lambda v: v.astype(jnp.float32), (variables, x)))
   actual = gradient(variables, x)
-  assert actual.dtype == jnp.bfloat16
-  np.testing.assert_allclose(actual.astype(jnp.float32), exact, rtol=2**-8, atol=1e-3)
+  assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(actual))
+  actual = jax.tree.map(lambda v: v.astype(jnp.float32), actual)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2**-8, atol=1e-3), actual, exact)
 
 
 @pytest.mark.parametrize('groups', [4, 16])
@@ -107,6 +108,27 @@ def test_no_convolution_of_groups_is_compiled(groups):
   assert 'group_count' not in compiled()
   with any_platform():
     assert 'group_count' in compiled()
+
+
+def test_each_device_with_a_kernel_of_its_own(x64):
+  conv = Conv(4, (3, 3), groups=4, param_dtype=jnp.float64)
+  x = random_features((2, 12, 12, 4))
+  variables = random_variables(conv, x)
+  both = jax.tree.map(lambda v: jnp.stack([v, -v]), variables)
+
+  def gradient(variables, x):
+    return jax.grad(lambda v: jnp.sum(jnp.cos(conv.apply(v, x))))(variables)
+
+  def of_each(variables, x):
+    return jax.lax.map(lambda v: gradient(v, x), variables)
+
+  spec = jax.sharding.PartitionSpec
+  mesh = jax.make_mesh((2,), ('member',), axis_types=(jax.sharding.AxisType.Auto,))
+  shared = jax.shard_map(
+    of_each, mesh=mesh, in_specs=(spec('member'), spec()), out_specs=spec('member')
+  )
+  assert_allclose = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
+  jax.tree.map(assert_allclose, jax.jit(shared)(both, x), jax.jit(of_each)(both, x))
 
 
 def test_a_depthwise_gradient_stores_no_copy_for_each_tap():
