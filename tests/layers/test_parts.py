@@ -11,6 +11,7 @@ import cbam_jax
 from cbam_jax import UserError, in_parts
 from cbam_jax.layers import parts
 from cbam_jax.training.sharding import make_mesh, split_over_devices
+from tests.layers.random_variables import random_variables
 
 # So many examples of 224x224 are four on each device at once.
 AT_ONCE = 4 * jax.device_count()
@@ -112,9 +113,11 @@ def test_rows_stay_in_their_order():
 
 @pytest.mark.usefixtures('_small')
 def test_a_network_gives_the_same():
-  model = cbam_jax.create_model('resnet18', attention='cbam', stem='cifar', num_classes=5)
+  model = cbam_jax.create_model(
+    'resnet18', attention='cbam', stem='cifar', stage_sizes=(1, 1), num_classes=5
+  )
   images = jax.random.normal(jax.random.key(0), (2 * AT_ONCE, 8, 8, 3))
-  variables = model.init(jax.random.key(1), images[:1], train=False)
+  variables = random_variables(model, images[:1], train=False)
   classify = functools.partial(model.apply, variables, train=False)
   by_parts = jax.jit(functools.partial(in_parts, classify))(images)
   np.testing.assert_allclose(by_parts, jax.jit(classify)(images), rtol=1e-4, atol=1e-5)
