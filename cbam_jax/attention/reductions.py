@@ -9,9 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from cbam_jax.layers import by_platform
+from cbam_jax.layers.platforms import on_explicit_mesh
 
 # Into which a CPU divides an axis to add them up. What fewer leave is too much to store, and more
 # are compiled longer for nothing.
@@ -48,8 +48,9 @@ def two_sums_by_blocks(
   """
   size = inputs[0].shape[axis]
   count = next(b for b in range(_MOST_BLOCKS, 0, -1) if size % b == 0)
-  explicit = AxisType.Explicit in jax.typeof(inputs[0]).sharding.mesh.axis_types
-  if count < _FEWEST_BLOCKS or explicit:  # there, a device may hold some of the blocks
+  if count < _FEWEST_BLOCKS or on_explicit_mesh(
+    inputs[0]
+  ):  # there, a device may hold some of the blocks
     return _two_sums_apart(pair, *inputs, axis=axis)
   blocked = [
     v.reshape(*v.shape[:axis], count, v.shape[axis] // count, *v.shape[axis + 1 :]) for v in inputs

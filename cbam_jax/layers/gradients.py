@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType
+
+from cbam_jax.layers.platforms import on_explicit_mesh
 
 Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -75,7 +76,7 @@ def in_order(convolve: Callable[..., jax.Array], forward: Convolve | None = None
     return convolve(x, kernel.swapaxes(-1, -2), axes=('N*C', '*OI', 'N*C'))
 
   def kernel_in_order(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+    if on_explicit_mesh(x):
       # JAX 0.10 takes the first axis for the examples, and the last of the result for its channels.
       return convolve(x, kernel)
     kernel = jnp.moveaxis(kernel, -2, 0)

@@ -13,10 +13,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from cbam_jax.layers.dtypes import at_least_float32
 from cbam_jax.layers.gradients import Convolve, Forms
+from cbam_jax.layers.platforms import on_explicit_mesh
 
 # Narrower groups are computed together, up to so many channels: most of the products are then with
 # zeros, but Eigen's convolution of so few channels is bound by how it reads them.
@@ -186,9 +186,9 @@ def _by_rows_is_faster(x: jax.Array, strides: int) -> bool:
   # Older releases fail to transpose a loop within a choice of platforms.
   loops = jax.__version_info__ >= (0, 10)
   known = all(isinstance(size, int) for size in x.shape)
-  # The axis that is cut may lie on several devices there.
-  explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
-  if explicit or not (loops and known and x.ndim == 4 and x.size > 0):
+  if not (loops and known and x.ndim == 4 and x.size > 0):
+    return False
+  if on_explicit_mesh(x):  # the axis that is cut may lie on several devices
     return False
   out_height, out_width = (-(-size // strides) for size in x.shape[1:3])
   return out_height > 2 * _pieces_and_rows(out_width)[1]

@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 _Result = TypeVar('_Result')
 
@@ -41,6 +42,11 @@ def any_platform() -> Iterator[None]:
     yield
   finally:
     _portable.reset(token)
+
+
+def on_explicit_mesh(x: jax.Array) -> bool:
+  """Whether `x` has the sharding of a mesh with explicit axes, where any axis may be split."""
+  return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def compiler_options() -> dict[str, str] | None:

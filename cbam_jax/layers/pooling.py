@@ -10,10 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from cbam_jax.errors import UserError
-from cbam_jax.layers.platforms import by_platform
+from cbam_jax.layers.platforms import by_platform, on_explicit_mesh
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -87,8 +86,7 @@ def _max_pool_jvp(
     return picked
 
   on = {}
-  explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
-  if not explicit and all(isinstance(size, int) for size in x.shape):
+  if not on_explicit_mesh(x) and all(isinstance(size, int) for size in x.shape):
     on['cpu'] = functools.partial(_by_blocks, window=window, strides=strides, padding=padding)
   y = _max_pool(x, window, strides, padding)
   return y, by_platform(tangent, position, default=by_places, **on)

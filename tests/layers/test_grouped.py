@@ -81,7 +81,7 @@ def test_bfloat16_sums_in_float32(groups):
 
 def test_bfloat16_gradients_sum_in_float32():
   x = jax.random.normal(jax.random.key(0), (2, 9, 9, 32), jnp.bfloat16)
-  conv = Conv(32, (3, 3), groups=32)
+  conv = Conv(32, (5, 5), groups=32)
   variables = jax.tree.map(lambda v: v.astype(jnp.bfloat16), random_variables(conv, x))
 
   def gradient(variables, x):
